@@ -1,0 +1,34 @@
+"""Importing this package registers every environment with Gymnasium."""
+
+from functools import partial
+
+import gymnasium as gym
+
+from envs.ant import AntGoal4C, AntGoalPartial4C, AntGoalU
+from envs.base import MujocoVectorEnv, SingleEnv, Tasks, TaskVectorEnv
+from envs.humanoid import HumanoidDir4C, HumanoidDirSparse4C
+from envs.point import PointGoal4C
+from envs.rand_params import HopperParams4C, WalkerParams4C
+
+__all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "register"]
+
+ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
+    "ant-goal-4c": AntGoal4C,  # MILET
+    "ant-goal-partial-4c": AntGoalPartial4C,  # MILET
+    "ant-goal-u": AntGoalU,  # MILET
+    "humanoid-dir-4c": HumanoidDir4C,  # MILET
+    "humanoid-dir-sparse-4c": HumanoidDirSparse4C,  # MILET
+    "hopper-params-4c": HopperParams4C,  # MILET
+    "walker-params-4c": WalkerParams4C,  # MILET
+    "point-goal-4c": PointGoal4C,  # ours
+}
+
+
+def register(env_id: str, env_class: type[TaskVectorEnv]) -> None:
+    """Make an environment known to `gym.make` (one copy) and `gym.make_vec` (many)."""
+    ENVIRONMENTS[env_id] = env_class
+    gym.register(env_id, entry_point=partial(SingleEnv, env_class), vector_entry_point=env_class)
+
+
+for _id, _class in list(ENVIRONMENTS.items()):
+    register(_id, _class)

@@ -1,0 +1,62 @@
+"""The Ant-Goal family of MILET (App. C): a quadruped that must reach a goal on a circle of radius 2."""
+
+import numpy as np
+
+from envs.base import MujocoVectorEnv
+from envs.circle import CENTRES, circle, nearest_centre
+
+
+class AntGoal4C(MujocoVectorEnv):
+    """`ant-goal-4c`: goals 2 (cos pi s, sin pi s), s ~ N(m_k, 0.2^2), m = 0.25, 0.75, 1.25, 1.75.
+
+    Observation [113]: qpos (15), qvel (14), contact forces of all 14 bodies clipped to [-1, 1] (84).
+    Reward: -|x - g|_1 - 0.01 |a|^2 - 0.0005 |clip(cfrc_ext, -1, 1)|^2, x the torso position after the step.
+    Episode: 100 steps of 0.05 s, no termination.
+    """
+
+    xml, frame_skip, dt, contact_forces = "ant.xml", 5, 0.05, True
+    obs_dim, action_dim, task_dim, num_clusters = 113, 8, 2, 4
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cfrc_ext = self.batch.bind("cfrc_ext")
+
+    def draw(self, cluster, rng):
+        return 2 * circle(rng.normal(CENTRES[cluster], 0.2))
+
+    def nearest_cluster(self, params):
+        return nearest_centre(params)
+
+    def start_state(self, rng):
+        noise = rng.uniform(-0.1, 0.1, self.model.nq)
+        return self.model.qpos0 + noise, 0.1 * rng.standard_normal(self.model.nv)
+
+    def observation(self):
+        contact = np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
+        return np.concatenate([self.qpos, self.qvel, contact], axis=1)
+
+    def reward(self, action):
+        contact = np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
+        return self.goal_reward() - 0.01 * np.square(action).sum(1) - 0.0005 * np.square(contact).sum(1)
+
+    def goal_reward(self) -> np.ndarray:
+        return -np.abs(self.qpos[:, :2] - self.tasks.params).sum(1)
+
+
+class AntGoalPartial4C(AntGoal4C):
+    """`ant-goal-partial-4c`: the goal is felt only within an L1 distance of 3, as 3 - |x - g|_1, else 0."""
+
+    def goal_reward(self):
+        return np.maximum(3 + super().goal_reward(), 0)
+
+
+class AntGoalU(AntGoal4C):
+    """`ant-goal-u`: goals uniform on the circle, s ~ U(0, 2); no clusters."""
+
+    num_clusters = 1
+
+    def draw(self, cluster, rng):
+        return 2 * circle(rng.uniform(0, 2, len(cluster)))
+
+    def nearest_cluster(self, params):
+        return np.zeros(len(params), int)

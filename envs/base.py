@@ -1,0 +1,282 @@
+"""Task distributions and batched MuJoCo environments.
+
+An environment is a `TaskVectorEnv`: `num_envs` copies of one robot, each with a task of its own, stepped together.
+A definition fills in four short methods on arrays (observation, reward, state reset, task distribution); everything
+here is bookkeeping that no definition should have to repeat.
+
+Conventions: rows are copies; observations are float32, physics and rewards float64; autoreset is disabled, so a copy
+that has terminated or run out of time is frozen (no physics, reward 0, same observation) until `reset` names it.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode
+from mujoco.batch import Batch
+
+ASSETS = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A batch of n tasks.
+
+    params:  [n, task_dim] float64, what defines each task (goal, direction, multipliers: see the environment).
+    cluster: [n] int64, the ground-truth mode. For oracles and scores only: no algorithm may train on it.
+    """
+
+    params: np.ndarray
+    cluster: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def __getitem__(self, index) -> "Tasks":
+        """The tasks that a slice, an index array or a boolean mask selects (an integer gives a batch of one)."""
+        index = np.atleast_1d(index) if np.isscalar(index) else index
+        return Tasks(self.params[index], self.cluster[index])
+
+    @staticmethod
+    def concatenate(parts: "list[Tasks]") -> "Tasks":
+        return Tasks(np.concatenate([p.params for p in parts]), np.concatenate([p.cluster for p in parts]))
+
+
+class TaskVectorEnv(gym.vector.VectorEnv):
+    """Copies of one environment, each with its own task, its own clock and its own random stream.
+
+    A definition sets `obs_dim`, `action_dim`, `task_dim`, `num_clusters` (1: no cluster structure), `horizon`
+    (steps per episode), `dt` (seconds per step), and implements
+
+        draw(cluster, rng) -> params          one task of each given cluster, [n] -> [n, task_dim]
+        nearest_cluster(params) -> cluster    the best guess of one who sees the parameters: the ceiling of NMI
+        reset_state(ids)                      put the copies `ids` at the start of an episode
+        advance(ids, action)                  one control step of the copies `ids`
+        observation() -> [num_envs, obs_dim]
+        reward(action) -> [num_envs]          of the step just taken
+        terminated() -> [num_envs] bool       default: never
+        apply_tasks(ids)                      default: nothing; write task parameters into the simulations
+    """
+
+    obs_dim: int
+    action_dim: int
+    task_dim: int
+    num_clusters: int = 1
+    horizon: int = 100
+    dt: float
+
+    def __init__(self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None):
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": round(1 / self.dt),
+            "autoreset_mode": AutoresetMode.DISABLED,
+        }
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self.num_envs, self.num_threads, self.render_mode = num_envs, num_threads, render_mode
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.tasks = Tasks(np.zeros((num_envs, self.task_dim)), np.full(num_envs, -1))
+        self.rngs: list[np.random.Generator] = []
+        self.elapsed = np.full(num_envs, self.horizon)  # [env] steps taken in this episode
+        self.done = np.ones(num_envs, bool)  # [env] frozen until reset
+
+    # -- task distribution ------------------------------------------------------------------------------------------
+
+    def sample_tasks(self, n: int, rng: np.random.Generator) -> Tasks:
+        """n fresh tasks; their clusters are balanced, starting from a random one."""
+        cluster = (np.arange(n) + rng.integers(self.num_clusters)) % self.num_clusters
+        return Tasks(self.draw(cluster, rng), cluster)
+
+    def task_set(self, split: str) -> Tasks:
+        """The fixed "train" (500) or "test" (32) tasks: the same for every seed, balanced over clusters, disjoint.
+
+        Drawn in one go from NumPy's legacy generator with seed 123, as MILET's official code does, so that the goals
+        and directions are the very ones of the paper.
+        """
+        if split not in ("train", "test"):
+            raise ValueError(f"task_set takes 'train' or 'test', got {split!r}")
+        cluster = np.arange(532) % self.num_clusters
+        tasks = Tasks(self.draw(cluster, np.random.RandomState(123)), cluster)
+        return tasks[:500] if split == "train" else tasks[500:]
+
+    # -- Gymnasium --------------------------------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """Start a new episode in every copy, or in those of options["mask"].
+
+        seed: copy i draws from a stream seeded with seed + i, so row i equals the single form with that seed.
+        options["tasks"]: Tasks of length num_envs (with a mask, only the masked rows are read). Without it a copy
+            keeps its task; a given seed, or the first reset, draws a new one.
+        Returns observations [num_envs, obs_dim] float32 of all copies, and {}.
+        """
+        options = options or {}
+        if unknown := set(options) - {"mask", "tasks"}:
+            raise ValueError(f"unknown reset options {sorted(unknown)}; known are 'mask' and 'tasks'")
+        mask = np.asarray(options.get("mask", np.ones(self.num_envs, bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(f"options['mask'] must be a boolean array of shape ({self.num_envs},)")
+        ids = np.flatnonzero(mask)
+
+        super().reset(seed=seed)
+        if seed is not None or not self.rngs:
+            first = self.np_random_seed if seed is None else seed
+            streams = [seeding.np_random(first + i)[0] for i in range(self.num_envs)]
+            self.rngs = streams if not self.rngs else [s if m else r for s, m, r in zip(streams, mask, self.rngs)]
+
+        tasks = options.get("tasks")
+        if tasks is not None and tasks.params.shape != (self.num_envs, self.task_dim):
+            raise ValueError(
+                f"options['tasks'] needs params of shape ({self.num_envs}, {self.task_dim}), got {tasks.params.shape}"
+            )
+        if tasks is None:
+            new = np.full(self.num_envs, seed is not None) | (self.tasks.cluster < 0)
+            drawn = [
+                self.sample_tasks(1, self.rngs[i]) if new[i] and mask[i] else self.tasks[i]
+                for i in range(self.num_envs)
+            ]
+            tasks = Tasks.concatenate(drawn)
+        self.tasks = Tasks(
+            np.where(mask[:, None], tasks.params, self.tasks.params),
+            np.where(mask, tasks.cluster, self.tasks.cluster),
+        )
+        self.apply_tasks(ids)
+        self.reset_state(ids)
+        self.elapsed[mask], self.done[mask] = 0, False
+        return self.observation().astype(np.float32), {}
+
+    def step(self, action):
+        """One control step of every copy that is not frozen.
+
+        action: [num_envs, action_dim]. Values outside the box reach the simulator, which clamps the control; the
+            control cost is charged on what was given.
+        Returns observation [num_envs, obs_dim] float32, reward [num_envs] float64, terminated, truncated, {}.
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (self.num_envs, self.action_dim):
+            raise ValueError(f"action must have shape ({self.num_envs}, {self.action_dim}), got {action.shape}")
+        if not np.isfinite(action).all():
+            raise ValueError("action contains NaN or infinity")
+        if not self.rngs:
+            raise gym.error.ResetNeeded("call reset before step")
+        alive = ~self.done
+        self.advance(None if alive.all() else np.flatnonzero(alive), action)
+        self.elapsed[alive] += 1
+        reward = np.where(alive, self.reward(action), 0.0)
+        terminated = np.where(alive, self.terminated(), self.done & (self.elapsed < self.horizon))
+        truncated = (self.elapsed >= self.horizon) & ~terminated
+        self.done = terminated | truncated
+        return self.observation().astype(np.float32), reward, terminated, truncated, {}
+
+    # -- what a definition may override -----------------------------------------------------------------------------
+
+    def terminated(self) -> np.ndarray:
+        return np.zeros(self.num_envs, bool)
+
+    def apply_tasks(self, ids: np.ndarray) -> None:
+        pass
+
+
+class MujocoVectorEnv(TaskVectorEnv):
+    """A `TaskVectorEnv` whose copies are simulations of one MuJoCo model, stepped by C++ threads.
+
+    A definition sets `xml` (one of Gymnasium's assets), `frame_skip` and, to override the file's, `timestep`.
+    `contact_forces = True` keeps `cfrc_ext` alive: a force sensor makes MuJoCo compute it, and each step ends with
+    the forward pass at the new state (mjSTAGE_ACC), so every derived field is current.
+    """
+
+    xml: str
+    frame_skip: int
+    timestep: float | None = None
+    contact_forces: bool = False
+
+    def __init__(self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None):
+        super().__init__(num_envs, num_threads, render_mode)
+        self.model = self.build_model()
+        if not np.isclose(self.model.opt.timestep * self.frame_skip, self.dt):
+            raise ValueError(f"dt is {self.dt}, but the model steps {self.model.opt.timestep * self.frame_skip}")
+        self.batch = Batch(self.model, num_envs, num_threads)
+        self.stage = int(mujoco.mjtStage.mjSTAGE_ACC if self.contact_forces else mujoco.mjtStage.mjSTAGE_NONE)
+        self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
+        self.renderer = None
+
+    def build_model(self) -> mujoco.MjModel:
+        spec = mujoco.MjSpec.from_file(os.path.join(ASSETS, self.xml))
+        if self.timestep is not None:
+            spec.option.timestep = self.timestep
+        if self.contact_forces:
+            spec.body("torso").add_site(name="contact")
+            spec.add_sensor(
+                type=mujoco.mjtSensor.mjSENS_FORCE, objtype=mujoco.mjtObj.mjOBJ_SITE, objname="contact", name="contact"
+            )
+        return spec.compile()
+
+    def start_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """qpos [nq] and qvel [nv] at the start of an episode."""
+        raise NotImplementedError
+
+    def reset_state(self, ids: np.ndarray) -> None:
+        self.batch.reset(ids, stage=int(mujoco.mjtStage.mjSTAGE_NONE))
+        for i in ids:
+            self.qpos[i], self.qvel[i] = self.start_state(self.rngs[i])
+        self.batch.forward(ids)
+
+    def advance(self, ids: np.ndarray | None, action: np.ndarray) -> None:
+        self.ctrl[:] = self.control(action)
+        self.batch.step(ids, nstep=self.frame_skip, stage=self.stage)
+        if self.batch.warning[:, mujoco.mjtWarning.mjWARN_BADQACC, 1].any():
+            bad = np.flatnonzero(self.batch.warning[:, mujoco.mjtWarning.mjWARN_BADQACC, 1])
+            raise FloatingPointError(f"the simulation diverged in copies {bad.tolist()} (MuJoCo: bad qacc)")
+
+    def control(self, action: np.ndarray) -> np.ndarray:
+        """Actuator controls [num_envs, nu] of an action."""
+        return action
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        """One [480, 480, 3] uint8 image a copy, seen by the model's tracking camera."""
+        if self.renderer is None:
+            self.renderer = mujoco.Renderer(self.model, 480, 480)
+        frames = []
+        for i in range(self.num_envs):
+            model, data = self.batch.get_model(i), self.batch.get_data(i)
+            mujoco.mj_forward(model, data)
+            self.renderer.update_scene(data, camera="track")
+            frames.append(self.renderer.render())
+        return tuple(frames)
+
+    def close_extras(self) -> None:
+        if self.renderer is not None:
+            self.renderer.close()
+
+
+class SingleEnv(gym.Env):
+    """The single-environment form of a `TaskVectorEnv`: its row 0, as `gym.make` returns it."""
+
+    def __init__(self, env_class: type[TaskVectorEnv], render_mode: str | None = None, **kwargs):
+        self.vector = env_class(num_envs=1, render_mode=render_mode, **kwargs)
+        self.metadata, self.render_mode = self.vector.metadata, render_mode
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        obs, info = self.vector.reset(seed=seed, options=options)
+        return obs[0], info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.vector.step(np.asarray(action)[None])
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def render(self) -> np.ndarray | None:
+        return self.vector.render()[0] if self.render_mode else None
+
+    def close(self) -> None:
+        self.vector.close()

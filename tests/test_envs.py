@@ -1,0 +1,352 @@
+"""Environments: against plain MuJoCo and Gymnasium's own, step by step; task distributions; the vector contract."""
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from sklearn.metrics import normalized_mutual_info_score
+
+import envs
+from envs.rand_params import PARAMETER_SETS
+
+SIZES = {  # id: observation, action, dt
+    "ant-goal-4c": (113, 8, 0.05),
+    "ant-goal-partial-4c": (113, 8, 0.05),
+    "ant-goal-u": (113, 8, 0.05),
+    "humanoid-dir-4c": (376, 17, 0.015),
+    "humanoid-dir-sparse-4c": (376, 17, 0.015),
+    "hopper-params-4c": (11, 3, 0.016),
+    "walker-params-4c": (17, 6, 0.016),
+    "point-goal-4c": (2, 2, 0.1),
+}
+IDS = list(SIZES)
+RAND_PARAMS = ["hopper-params-4c", "walker-params-4c"]
+MUJOCO_IDS = [i for i in IDS if i != "point-goal-4c"]
+
+
+def make(env_id, n=4, **kwargs):
+    env = gym.make_vec(env_id, num_envs=n, **kwargs)
+    env.reset(seed=0)
+    return env.unwrapped
+
+
+def actions(env, steps=20, seed=1):
+    return np.random.default_rng(seed).normal(size=(steps, *env.action_space.shape))
+
+
+# -- the contract ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_sizes_and_check_env(env_id):
+    obs_dim, action_dim, dt = SIZES[env_id]
+    env = make(env_id)
+    assert env.single_observation_space.shape == (obs_dim,)
+    assert env.single_action_space.shape == (action_dim,)
+    assert (env.dt, env.horizon) == (dt, 100)
+    check_env(gym.make(env_id).unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("env_id", ["ant-goal-4c", "point-goal-4c"])
+def test_renders(env_id):
+    env = gym.make(env_id, render_mode="rgb_array")
+    env.reset(seed=0)
+    try:
+        frame = env.render()
+    except (AttributeError, ImportError, mujoco.FatalError) as error:
+        pytest.skip(f"no OpenGL here: {error}")
+    assert frame.dtype == np.uint8 and frame.ndim == 3 and frame.std() > 1
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_row_equals_single_form(env_id):
+    vector, single = gym.make_vec(env_id, num_envs=3), gym.make(env_id)
+    rows, (row, _) = vector.reset(seed=5)[0], single.reset(seed=5 + 2)
+    np.testing.assert_array_equal(rows[2], row)
+    for action in actions(vector):
+        obs, reward, *_ = vector.step(action)
+        row, r, *_ = single.step(action[2])
+        np.testing.assert_array_equal(obs[2], row)
+        assert reward[2] == r
+
+
+@pytest.mark.parametrize("env_id", MUJOCO_IDS)
+def test_bit_identical_at_any_thread_count(env_id):
+    a, b = make(env_id, num_threads=1), make(env_id, num_threads=2)
+    for action in actions(a):
+        one, two = a.step(action), b.step(action)
+        np.testing.assert_array_equal(one[0], two[0])
+        np.testing.assert_array_equal(one[1], two[1])
+
+
+def test_time_limit_freezes_until_reset():
+    env = make("hopper-params-4c")
+    for t, action in enumerate(actions(env, 100)):
+        obs, _, terminated, truncated, _ = env.step(action)
+        assert not terminated.any() and truncated.all() == (t == 99)
+    after, reward, _, truncated, _ = env.step(action)
+    np.testing.assert_array_equal(after, obs)
+    assert (reward == 0).all() and truncated.all()
+    env.reset()
+    assert (env.step(action)[0] != obs).any(1).all()
+
+
+def test_terminated_copy_is_frozen_and_others_go_on():
+    class Falls(envs.ENVIRONMENTS["hopper-params-4c"]):
+        def terminated(self):
+            return (np.arange(self.num_envs) == 1) & (self.elapsed == 3)
+
+    env = Falls(num_envs=3)
+    env.reset(seed=0)
+    reference = make("hopper-params-4c", 3)
+    reference.reset(seed=0)
+    for t, action in enumerate(actions(env, 8)):
+        obs, reward, terminated, truncated, _ = env.step(action)
+        expected, *_ = reference.step(action)
+        np.testing.assert_array_equal(obs[[0, 2]], expected[[0, 2]])
+        assert terminated.tolist() == [False, t >= 2, False] and not truncated.any()
+        assert (reward[1] == 0) == (t > 2)
+        if t == 2:
+            last = obs[1].copy()
+    np.testing.assert_array_equal(obs[1], last)
+
+
+def test_reset_mask_touches_only_its_rows():
+    env = make("ant-goal-4c")
+    for action in actions(env, 5):
+        before, *_ = env.step(action)
+    tasks, new = env.tasks, env.sample_tasks(4, np.random.default_rng(7))
+    mask = np.array([True, False, False, True])
+    after, _ = env.reset(options={"mask": mask, "tasks": new})
+    np.testing.assert_array_equal(after[~mask], before[~mask])
+    assert (after[mask] != before[mask]).any(1).all()
+    np.testing.assert_array_equal(env.elapsed, [0, 5, 5, 0])
+    np.testing.assert_array_equal(env.tasks.params[mask], new.params[mask])
+    np.testing.assert_array_equal(env.tasks.params[~mask], tasks.params[~mask])
+
+
+def test_tasks_persist_without_a_seed_and_are_redrawn_with_one():
+    env = make("ant-goal-4c")
+    first = env.tasks.params
+    env.reset()
+    np.testing.assert_array_equal(env.tasks.params, first)
+    env.reset(seed=9)
+    assert (env.tasks.params != first).any()
+
+
+def test_clear_errors():
+    env = make("ant-goal-4c")
+    with pytest.raises(ValueError, match=r"shape \(4, 8\), got \(4, 7\)"):
+        env.step(np.zeros((4, 7)))
+    with pytest.raises(ValueError, match="NaN"):
+        env.step(np.full((4, 8), np.nan))
+    with pytest.raises(ValueError, match="boolean array of shape"):
+        env.reset(options={"mask": np.ones(3, bool)})
+    with pytest.raises(ValueError, match="params of shape"):
+        env.reset(options={"tasks": env.task_set("test")})
+    with pytest.raises(ValueError, match="unknown reset options"):
+        env.reset(options={"task": None})
+    with pytest.raises(ValueError, match="'train' or 'test'"):
+        env.task_set("validation")
+    with pytest.raises(gym.error.NameNotFound, match="ant-goal-4c"):
+        gym.make_vec("ant-goal-4d")
+    with pytest.raises(gym.error.ResetNeeded):
+        gym.make_vec("ant-goal-4c").step(np.zeros((1, 8)))
+
+
+# -- task distributions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_task_sets_are_fixed_balanced_and_disjoint(env_id):
+    a, b = make(env_id), make(env_id)
+    b.reset(seed=123)
+    train, test = a.task_set("train"), a.task_set("test")
+    assert (len(train), len(test)) == (500, 32)
+    np.testing.assert_array_equal(train.params, b.task_set("train").params)
+    np.testing.assert_array_equal(test.params, b.task_set("test").params)
+    assert len(np.unique(np.concatenate([train.params, test.params]), axis=0)) == 532
+    for tasks, size in ((train, 500), (test, 32)):
+        assert np.bincount(tasks.cluster).tolist() == [size // a.num_clusters] * a.num_clusters
+
+
+def test_goals_are_the_papers():
+    s = np.array([0.0329, 0.9495, 1.3066, 1.4487])
+    goals = make("ant-goal-4c").task_set("train").params[:4]
+    np.testing.assert_allclose(goals, 2 * np.stack([np.cos(np.pi * s), np.sin(np.pi * s)], 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("env_id, sd", [("ant-goal-4c", 0.2), ("humanoid-dir-4c", 0.2), ("point-goal-4c", 0.05)])
+def test_four_clusters_on_the_circle(env_id, sd):
+    tasks = make(env_id).sample_tasks(4000, np.random.default_rng(0))
+    radius = 1 if env_id.startswith("humanoid") else 2
+    np.testing.assert_allclose(np.linalg.norm(tasks.params, axis=1), radius)
+    angle = np.arctan2(*tasks.params.T[::-1]) / np.pi
+    for k, centre in enumerate((0.25, 0.75, 1.25, 1.75)):
+        offset = (angle[tasks.cluster == k] - centre + 1) % 2 - 1
+        assert abs(offset.mean()) < 0.02 and abs(offset.std() - sd) < 0.02
+
+
+def test_uniform_goals_have_no_clusters():
+    env = make("ant-goal-u")
+    tasks = env.sample_tasks(4000, np.random.default_rng(0))
+    assert (tasks.cluster == 0).all() and env.num_clusters == 1
+    counts, _ = np.histogram(np.arctan2(*tasks.params.T), bins=8, range=(-np.pi, np.pi))
+    assert counts.min() > 400
+
+
+def test_nmi_ceiling():
+    ceiling = {i: make(i).task_set("test") for i in ("ant-goal-4c", "point-goal-4c", "hopper-params-4c")}
+    score = {i: normalized_mutual_info_score(t.cluster, make(i).nearest_cluster(t.params)) for i, t in ceiling.items()}
+    assert abs(score["ant-goal-4c"] - 0.65) < 0.01
+    assert score["point-goal-4c"] == score["hopper-params-4c"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("env_id, mu, sigma", [("hopper-params-4c", 3, 1.5), ("walker-params-4c", 6, 1)])
+def test_rand_params_scale_exactly_one_set(env_id, mu, sigma):
+    env = make(env_id, 8)
+    tasks = env.task_set("train")[:8]
+    env.reset(seed=0, options={"tasks": tasks})
+    for i in range(8):
+        model = env.batch.get_model(i)
+        changed = [(getattr(model, name) != getattr(env.model, name)).any() for name in PARAMETER_SETS]
+        assert np.flatnonzero(changed).tolist() == [tasks.cluster[i]]
+        assert model.opt.timestep == 0.004
+    many = env.sample_tasks(4000, np.random.default_rng(0)).params
+    draws = many[many != 1]
+    assert abs(draws.mean() - mu) < 0.05 and abs(draws.std() - sigma) < 0.1 and draws.min() > 0
+
+
+@pytest.mark.parametrize("env_id", RAND_PARAMS)
+def test_rand_params_change_the_motion(env_id):
+    env = make(env_id, 4)
+    tasks = env.task_set("train")[:4]
+    plain = envs.Tasks(np.ones_like(tasks.params), tasks.cluster)
+    moved, still = [], []
+    for out, used in ((moved, tasks), (still, plain)):
+        env.reset(seed=0, options={"tasks": used})
+        for action in actions(env, 60):
+            out.append(env.step(action)[0])
+    assert (np.abs(np.array(moved) - np.array(still)).max((0, 2)) > 1e-2).all()
+
+
+# -- physics and rewards against plain MuJoCo --------------------------------------------------------------------------
+
+
+def replay(env, i, steps=40):
+    """Step copy i of the environment and a plain MjData on the same model; yields both after each step."""
+    model, data = env.batch.get_model(i), mujoco.MjData(env.model)
+    data.qpos[:], data.qvel[:] = env.qpos[i], env.qvel[i]
+    mujoco.mj_forward(model, data)
+    mujoco.mj_rnePostConstraint(model, data)
+    for action in actions(env, steps):
+        before = data.qpos.copy(), data.xipos.copy()
+        data.ctrl[:] = env.control(action)[i]
+        for _ in range(env.frame_skip):
+            mujoco.mj_step(model, data)
+        if env.contact_forces:
+            mujoco.mj_forward(model, data)
+            mujoco.mj_rnePostConstraint(model, data)
+        obs, reward, *_ = env.step(action)
+        yield model, data, before, action[i], obs[i], reward[i]
+
+
+@pytest.mark.parametrize("env_id", ["ant-goal-4c", "ant-goal-partial-4c"])
+def test_ant_against_plain_mujoco(env_id):
+    env, touched = make(env_id), 0
+    goal = env.tasks.params[1]
+    for _, data, _, action, obs, reward in replay(env, 1):
+        contact = np.clip(data.cfrc_ext, -1, 1).ravel()
+        np.testing.assert_array_equal(obs, np.concatenate([data.qpos, data.qvel, contact]).astype(np.float32))
+        distance = abs(data.qpos[0] - goal[0]) + abs(data.qpos[1] - goal[1])
+        goal_reward = -distance if env_id == "ant-goal-4c" else (3 - distance if distance <= 3 else 0)
+        assert reward == pytest.approx(goal_reward - 0.01 * (action**2).sum() - 0.0005 * (contact**2).sum(), abs=1e-12)
+        touched += (contact != 0).any()
+    assert touched > 10, "the feet touch the ground, so the contact forces must not stay zero"
+
+
+@pytest.mark.parametrize("env_id", ["humanoid-dir-4c", "humanoid-dir-sparse-4c"])
+def test_humanoid_against_plain_mujoco(env_id):
+    env, paid = make(env_id), 0
+    goal = env.tasks.params[2]
+    for model, data, (_, xipos), _, obs, reward in replay(env, 2):
+        parts = (data.qpos[2:], data.qvel, data.cinert, data.cvel, data.qfrc_actuator, data.cfrc_ext)
+        np.testing.assert_array_equal(obs, np.concatenate([p.ravel() for p in parts]).astype(np.float32))
+        move = (model.body_mass @ (data.xipos - xipos))[:2] / model.body_mass.sum()
+        velocity_reward = 0.5 * (goal @ move) / 0.003
+        if "sparse" in env_id and goal @ move < 0.8 * np.linalg.norm(move):
+            velocity_reward = 0
+        paid += velocity_reward != 0
+        cost = 0.05 * (data.ctrl**2).sum() + min(5e-7 * (data.cfrc_ext**2).sum(), 10)
+        assert reward == pytest.approx(velocity_reward - cost, abs=1e-10)
+    assert 0 < paid <= 40
+
+
+@pytest.mark.parametrize("env_id, alive", [("hopper-params-4c", 1), ("walker-params-4c", 0)])
+@pytest.mark.parametrize("copy", range(4))
+def test_rand_params_against_plain_mujoco(env_id, alive, copy):
+    env = make(env_id)
+    env.reset(seed=0, options={"tasks": env.task_set("train")[:4]})
+    for _, data, (qpos, _), action, obs, reward in replay(env, copy):
+        expected = np.concatenate([data.qpos[1:], np.clip(data.qvel, -10, 10)])
+        np.testing.assert_array_equal(obs, expected.astype(np.float32))
+        forward = (data.qpos[0] - qpos[0]) / 0.016
+        assert reward == pytest.approx(forward + alive - 0.001 * (action**2).sum(), abs=1e-10)
+
+
+def test_point_by_hand():
+    env = make("point-goal-4c", 2)
+    goal = np.array([[1.0, 0.5], [-1.0, 2.0]])
+    env.reset(options={"tasks": envs.Tasks(goal, np.zeros(2, int))})
+    obs, reward, *_ = env.step(np.array([[0.5, -3.0], [1.0, 1.0]]))
+    np.testing.assert_allclose(obs, [[0.05, -0.1], [0.1, 0.1]])
+    np.testing.assert_allclose(reward, [-(0.95 + 0.6) - 0.01 * 9.25, -(1.1 + 1.9) - 0.02])
+
+
+GYM = {  # id: (Gymnasium's id, its arguments, what of its observation agrees with ours)
+    "ant-goal-4c": ("Ant-v5", {"exclude_current_positions_from_observation": False}, slice(0, 29)),
+    "humanoid-dir-4c": ("Humanoid-v5", {}, slice(0, 45)),
+    "hopper-params-4c": ("Hopper-v5", {}, slice(0, 11)),
+    "walker-params-4c": ("Walker2d-v5", {"xml_file": "walker2d.xml"}, slice(0, 17)),
+}
+
+
+@pytest.mark.parametrize("env_id", GYM)
+def test_against_gymnasium(env_id):
+    """The same robot from the same state under the same actions goes the same way, and pays the same for it."""
+    name, kwargs, common = GYM[env_id]
+    env = make(env_id, 1)
+    if env_id in RAND_PARAMS:
+        plain = envs.Tasks(np.ones((1, env.task_dim)), np.zeros(1, int))
+        env.reset(options={"tasks": plain})
+    theirs = gym.make(name, frame_skip=env.frame_skip, terminate_when_unhealthy=False, **kwargs).unwrapped
+    theirs.reset(seed=0)
+    theirs.model.opt.timestep = env.model.opt.timestep
+    theirs.set_state(env.qpos[0], env.qvel[0])
+    for action in actions(env, 15) * 0.3:
+        x = env.qpos[0, 0]
+        obs, reward, *_ = env.step(action)
+        expected, _, _, _, info = theirs.step(env.control(action)[0])
+        np.testing.assert_allclose(obs[0, common], np.clip(expected[common], -1e9, 1e9), atol=2e-5)
+        if env_id in RAND_PARAMS:
+            assert info["x_velocity"] == pytest.approx((env.qpos[0, 0] - x) / env.dt, abs=1e-6)
+            ours = reward[0] - env.alive_bonus
+            assert ours == pytest.approx(info["reward_forward"] + info["reward_ctrl"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "env_id, low, high",
+    [
+        ("ant-goal-4c", -259, -257),
+        ("ant-goal-u", -270, -240),
+        ("ant-goal-partial-4c", 43, 46),
+        ("hopper-params-4c", 80, 110),
+        ("walker-params-4c", -15, 15),
+    ],
+)
+def test_standing_still(env_id, low, high):
+    env = make(env_id, 32)
+    env.reset(seed=0, options={"tasks": env.task_set("test")})
+    still = np.zeros(env.action_space.shape)
+    assert low < sum(env.step(still)[1].mean() for _ in range(100)) < high
