@@ -19,6 +19,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from mujoco.batch import Batch
 
+_WARNINGS = mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC
+DIVERGED = [int(w) for w in _WARNINGS]
 ASSETS = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
 
 
@@ -79,7 +81,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         }
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        self.num_envs, self.num_threads, self.render_mode = num_envs, num_threads, render_mode
+        self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.obs_dim,), np.float32)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
@@ -87,6 +89,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.tasks = Tasks(np.zeros((num_envs, self.task_dim)), np.full(num_envs, -1))
         self.rngs: list[np.random.Generator] = []
         self.elapsed = np.full(num_envs, self.horizon)  # [env] steps taken in this episode
+        self.fell = np.zeros(num_envs, bool)  # [env] ended by termination
         self.done = np.ones(num_envs, bool)  # [env] frozen until reset
 
     # -- task distribution ------------------------------------------------------------------------------------------
@@ -133,10 +136,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             self.rngs = streams if not self.rngs else [s if m else r for s, m, r in zip(streams, mask, self.rngs)]
 
         tasks = options.get("tasks")
-        if tasks is not None and tasks.params.shape != (self.num_envs, self.task_dim):
-            raise ValueError(
-                f"options['tasks'] needs params of shape ({self.num_envs}, {self.task_dim}), got {tasks.params.shape}"
-            )
+        shapes = (self.num_envs, self.task_dim), (self.num_envs,)
+        if tasks is not None and (np.shape(tasks.params), np.shape(tasks.cluster)) != shapes:
+            raise ValueError(f"options['tasks'] needs params of shape {shapes[0]} and cluster of shape {shapes[1]}")
         if tasks is None:
             new = np.full(self.num_envs, seed is not None) | (self.tasks.cluster < 0)
             drawn = [
@@ -150,7 +152,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         )
         self.apply_tasks(ids)
         self.reset_state(ids)
-        self.elapsed[mask], self.done[mask] = 0, False
+        self.elapsed[mask], self.fell[mask], self.done[mask] = 0, False, False
         return self.observation().astype(np.float32), {}
 
     def step(self, action):
@@ -164,17 +166,17 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if action.shape != (self.num_envs, self.action_dim):
             raise ValueError(f"action must have shape ({self.num_envs}, {self.action_dim}), got {action.shape}")
         if not np.isfinite(action).all():
-            raise ValueError("action contains NaN or infinity")
+            raise FloatingPointError("action contains NaN or infinity")
         if not self.rngs:
             raise gym.error.ResetNeeded("call reset before step")
         alive = ~self.done
         self.advance(None if alive.all() else np.flatnonzero(alive), action)
         self.elapsed[alive] += 1
         reward = np.where(alive, self.reward(action), 0.0)
-        terminated = np.where(alive, self.terminated(), self.done & (self.elapsed < self.horizon))
-        truncated = (self.elapsed >= self.horizon) & ~terminated
-        self.done = terminated | truncated
-        return self.observation().astype(np.float32), reward, terminated, truncated, {}
+        self.fell |= alive & self.terminated()
+        truncated = (self.elapsed >= self.horizon) & ~self.fell
+        self.done = self.fell | truncated
+        return self.observation().astype(np.float32), reward, self.fell.copy(), truncated, {}
 
     # -- what a definition may override -----------------------------------------------------------------------------
 
@@ -232,9 +234,10 @@ class MujocoVectorEnv(TaskVectorEnv):
     def advance(self, ids: np.ndarray | None, action: np.ndarray) -> None:
         self.ctrl[:] = self.control(action)
         self.batch.step(ids, nstep=self.frame_skip, stage=self.stage)
-        if self.batch.warning[:, mujoco.mjtWarning.mjWARN_BADQACC, 1].any():
-            bad = np.flatnonzero(self.batch.warning[:, mujoco.mjtWarning.mjWARN_BADQACC, 1])
-            raise FloatingPointError(f"the simulation diverged in copies {bad.tolist()} (MuJoCo: bad qacc)")
+        diverged = self.batch.warning[:, DIVERGED, 1].any(1)
+        if diverged.any():
+            gym.logger.warn(f"{type(self).__name__}: MuJoCo reset copies {np.flatnonzero(diverged)}: they diverged")
+            self.batch.warning[diverged] = 0
 
     def control(self, action: np.ndarray) -> np.ndarray:
         """Actuator controls [num_envs, nu] of an action."""

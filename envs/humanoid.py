@@ -67,9 +67,9 @@ class HumanoidDir4C(MujocoVectorEnv):
 
 
 class HumanoidDirSparse4C(HumanoidDir4C):
-    """`humanoid-dir-sparse-4c`: the velocity pays only while its angle to g has a cosine of at least 0.8."""
+    """`humanoid-dir-sparse-4c`: the velocity pays only while its angle to g has a cosine above 0.8."""
 
     def velocity_reward(self, velocity):
         speed = np.linalg.norm(velocity, axis=1)
-        aligned = (velocity * self.tasks.params).sum(1) >= 0.8 * speed
-        return np.where(aligned & (speed > 0), super().velocity_reward(velocity), 0)
+        aligned = (velocity * self.tasks.params).sum(1) > 0.8 * speed
+        return np.where(aligned, super().velocity_reward(velocity), 0)

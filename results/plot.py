@@ -1,0 +1,203 @@
+"""Every figure of every script.
+
+    python results/plot.py RUN                the figures of one run, into RUN/figures/
+    python results/plot.py RUN RUN ... --out FOLDER   learning curves of several runs on one figure; runs that
+                                              differ in nothing but the seed: mean and 95 % bootstrap interval
+
+A run is a folder with args.json and eval.csv. Figures of a single run also read eval.npz, and leave out what a run
+does not have (no clusters, no goals, no beliefs).
+"""
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import tyro
+from scipy.stats import bootstrap
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import normalized_mutual_info_score
+
+import envs  # noqa: F401  (registers the environments)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NOT_THE_METHOD = {"script", "seed", "run_dir", "resume", "evaluate", "device", "num_threads", "track", "save_every"}
+CLUSTER_COLOURS = plt.get_cmap("tab10").colors
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+
+
+@dataclass
+class Options:
+    runs: tyro.conf.Positional[list[Path]]
+    """run folders"""
+    out: Path | None = field(default=None)
+    """where the figures go; default: figures/ in the first run"""
+
+
+def read_csv(path: Path) -> dict[str, np.ndarray]:
+    """Columns by name, [rows] each."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of the mean over the first axis, [seed, n] -> [n], [n]; with one seed, the value."""
+    if len(values) == 1:
+        return values[0], values[0]
+    result = bootstrap((values,), np.mean, axis=0, method="percentile", rng=np.random.default_rng(0))
+    return result.confidence_interval.low, result.confidence_interval.high
+
+
+def scripted_return(env_id: str, action: str) -> float | None:
+    """Mean return over the test tasks of a policy that knows nothing ("still") or the task ("oracle"), if there is."""
+    tasks = gym.make_vec(env_id).unwrapped.task_set("test")
+    env = gym.make_vec(env_id, num_envs=len(tasks))
+    if action == "oracle" and not hasattr(env.unwrapped, "oracle_action"):
+        return None
+    env.reset(seed=0, options={"tasks": tasks})
+    total = np.zeros(len(tasks))
+    for _ in range(env.unwrapped.horizon):
+        move = env.unwrapped.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
+        total += env.step(move)[1]
+    return float(total.mean())
+
+
+def learning_curve(runs: list[Path], path: Path) -> None:
+    """Held-out return of every episode (or gradient step) over environment frames, with scripted anchors."""
+    groups = defaultdict(list)
+    settings = [json.loads((run / "args.json").read_text()) for run in runs]
+    if len(environments := {args["env"] for args in settings}) > 1:
+        raise SystemExit(f"plot.py: error: runs of different environments: {', '.join(sorted(environments))}")
+    (env,) = environments
+    same = {k for k in settings[0] if all(args.get(k) == settings[0][k] for args in settings)}
+    for run, args in zip(runs, settings):
+        differs = [f"{k}={v}" for k, v in args.items() if k not in same | NOT_THE_METHOD]
+        groups[" ".join([args["script"], *differs])].append(read_csv(run / "eval.csv"))
+    anchors = {action: scripted_return(env, action) for action in ("oracle", "still")}
+    columns = [k for k in next(iter(groups.values()))[0] if k.startswith("eval/return_") and "cluster" not in k]
+
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.2), sharey=True, squeeze=False)
+    for axis, column in zip(axes[0], columns):
+        for label, tables in groups.items():
+            frames = reduce(np.intersect1d, [t["charts/frames"] for t in tables])
+            values = np.stack([t[column][np.isin(t["charts/frames"], frames)] for t in tables])
+            (line,) = axis.plot(frames, values.mean(0), label=f"{label} ({len(tables)} seed{'s'[: len(tables) > 1]})")
+            axis.fill_between(frames, *interval(values), alpha=0.25, color=line.get_color(), linewidth=0)
+        for (action, level), style in zip(anchors.items(), ("--", ":")):
+            if level is not None:
+                name = "oracle (knows the task)" if action == "oracle" else "standing still"
+                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {level:.0f}")
+        axis.set(title=column.removeprefix("eval/return_").replace("_", " "), xlabel="environment frames")
+    axes[0][0].set_ylabel("return on held-out tasks")
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(env)
+    save(figure, path)
+
+
+def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """Test goals (crosses) and traces, coloured by the cluster inferred at the end of the exploration episode."""
+    guess = data["q"][0, -1].argmax(-1)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True)
+    for axis, trace, title in zip(axes, data["trace"], ("exploration episode", "exploitation episode")):
+        for i, goal in enumerate(data["params"]):
+            colour = CLUSTER_COLOURS[guess[i] % 10]
+            axis.plot(*trace[:, i].T, color=colour, linewidth=0.8, alpha=0.7)
+            axis.plot(*goal, "x", color=colour, markersize=7, markeredgewidth=2)
+        axis.set(title=title, aspect="equal", xlabel="x")
+    axes[0].set_ylabel("y")
+    figure.suptitle(f"{env}: {len(np.unique(guess))} inferred clusters, NMI {nmi(data['cluster'], guess):.2f}")
+    save(figure, path)
+
+
+def belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """NMI of the inferred clusters, and the posterior's entropy, over the steps of the exploration episode."""
+    q = data["q"][0]  # [H+1, task, C]
+    entropy = -(q * np.log(q + 1e-8)).sum(-1)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
+    if data["cluster"].max() > 0:
+        tasks = gym.make_vec(env).unwrapped
+        ceiling = nmi(data["cluster"], tasks.nearest_cluster(data["params"]))
+        rng = np.random.default_rng(0)
+        chance = np.mean([nmi(data["cluster"], rng.integers(q.shape[-1], size=q.shape[1])) for _ in range(1000)])
+        axes[0].plot([nmi(data["cluster"], step.argmax(-1)) for step in q])
+        axes[0].axhline(ceiling, color="0.4", linestyle="--", linewidth=1, label=f"knows the task: {ceiling:.2f}")
+        axes[0].axhline(chance, color="0.4", linestyle=":", linewidth=1, label=f"chance: {chance:.2f}")
+        axes[0].legend(fontsize=7)
+    axes[0].set(xlabel="step of the exploration episode", ylabel="NMI", ylim=(-0.02, 1.05))
+    axes[1].plot(entropy.mean(1))
+    axes[1].fill_between(range(len(q)), *np.quantile(entropy, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
+    axes[1].axhline(np.log(q.shape[-1]), color="0.4", linestyle=":", linewidth=1, label="uniform belief")
+    axes[1].set(xlabel="step of the exploration episode", ylabel="entropy of q(c) (nats)")
+    axes[1].legend(fontsize=7)
+    figure.suptitle(env)
+    save(figure, path)
+
+
+def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """PCA and t-SNE of the task embeddings (means of z) after exploration; colour inferred, shape true cluster."""
+    mean = data["latent"][0, -1, :, : data["latent"].shape[-1] // 2]  # [task, latent_dim]
+    guess = data["q"][0, -1].argmax(-1)
+    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(mean) - 1), random_state=0)}
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
+    for axis, (name, method) in zip(axes, maps.items()):
+        for (x, y), inferred, true in zip(method.fit_transform(mean), guess, data["cluster"]):
+            axis.plot(x, y, "os^Dv<>"[true % 7], color=CLUSTER_COLOURS[inferred % 10], markersize=6, alpha=0.8)
+        axis.set_title(f"{name} of the task embeddings")
+    figure.suptitle(f"{env}: colour inferred cluster, shape true cluster")
+    save(figure, path)
+
+
+def reward_weights(data: dict[str, np.ndarray], path: Path) -> None:
+    """MILET's Eq. (13): the weights of the two exploration rewards over an episode."""
+    figure, axis = plt.subplots(figsize=(4.2, 3))
+    for weight, name in zip(data["reward_weights"], (r"$\gamma_h$ (certainty)", r"$\gamma_c$ (consistency)")):
+        axis.plot(weight, label=name)
+    axis.set(xlabel="step of the exploration episode", title="exploration reward weights, Eq. (13)")
+    axis.legend()
+    save(figure, path)
+
+
+def nmi(labels: np.ndarray, clusters: np.ndarray) -> float:
+    return float(normalized_mutual_info_score(labels, clusters))
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(path)
+
+
+def main(options: Options) -> None:
+    for run in options.runs:
+        for name in ("args.json", "eval.csv"):
+            if not (run / name).exists():
+                raise SystemExit(f"plot.py: error: {run} is not a run folder: it has no {name}")
+    plt.rcParams.update(STYLE)
+    out = options.out or options.runs[0] / "figures"
+    out.mkdir(parents=True, exist_ok=True)
+    learning_curve(options.runs, out / "learning_curve.png")
+    run = options.runs[0]
+    if len(options.runs) > 1 or not (run / "eval.npz").exists():
+        return
+    args, data = json.loads((run / "args.json").read_text()), dict(np.load(run / "eval.npz"))
+    if "goal" in args["env"]:
+        cluster_map(args["env"], data, out / "cluster_map.png")
+    if "q" in data:
+        belief(args["env"], data, out / "belief.png")
+    embedding(args["env"], data, out / "embedding.png")
+    if "reward_weights" in data:
+        reward_weights(data, out / "reward_weights.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,387 @@
+"""MILET's mathematics: closed forms, slow second implementations, identities of the paper."""
+
+
+import gymnasium as gym
+import milet
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, Gumbel, Normal, kl_divergence
+
+import envs
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+SMALL = dict(hidden=8, embed=(5, 4, 3), latent_dim=3, clusters=4)
+
+
+def small_args(**kwargs) -> milet.Args:
+    defaults = dict(reward_decoder=(7, 6), state_decoder=(9, 5), elbo_terms=4, num_threads=1)
+    return milet.Args(**(SMALL | defaults | kwargs))
+
+
+def trials(n=3, horizon=5, obs_dim=6, action_dim=2):
+    return torch.randn(n, 2, horizon + 1, obs_dim), torch.randn(n, 2, horizon, action_dim), torch.randn(n, 2, horizon)
+
+
+# -- exploration rewards, Eq. (10)-(13) --------------------------------------------------------------------------------
+
+
+def test_reward_weights():
+    t = torch.tensor([0.0, 50, 80, 90, 93, 95, 99])
+    h = [0.100, 0.099, 0.086, 0.063, 0.050, 0.039, 0.010]
+    c = [-0.100, -0.099, -0.073, -0.026, -0.001, 0.021, 0.081]
+    gamma_h, gamma_c = milet.reward_weights(t, 100)
+    torch.testing.assert_close(gamma_h, torch.tensor(h), atol=6e-4, rtol=0)
+    torch.testing.assert_close(gamma_c, torch.tensor(c), atol=6e-4, rtol=0)
+    before, after = milet.reward_weights(torch.tensor([93.0, 94.0]), 100)[1]
+    assert before < 0 < after
+
+
+def test_bonus_against_definition_and_telescoping():
+    q = torch.rand(11, 3, 4).softmax(-1)
+    bonus_h, bonus_c = milet.exploration_bonus(q)
+    gamma_h, gamma_c = milet.reward_weights(torch.arange(10), 10)
+    for t in range(10):
+        before, after = Categorical(probs=q[t]), Categorical(probs=q[t + 1])
+        r_h = before.entropy() - after.entropy()
+        r_c = -kl_divergence(before, after)
+        torch.testing.assert_close(bonus_h[t], gamma_h[t] * r_h, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(bonus_c[t], gamma_c[t] * r_c, atol=1e-6, rtol=1e-4)
+    r_h = bonus_h / gamma_h[:, None]
+    total = Categorical(probs=q[0]).entropy() - Categorical(probs=q[-1]).entropy()
+    torch.testing.assert_close(r_h.sum(0), total, atol=1e-5, rtol=1e-4)
+
+
+# -- variational inference ---------------------------------------------------------------------------------------------
+
+
+def test_task_gru_sees_the_cluster_gru_and_the_cluster_head_does_not_see_the_task_gru():
+    args = small_args()
+    encoder = milet.Encoder(6, 2, args)
+    _, h_beta = encoder(torch.randn(4, 3, 2), torch.randn(4, 3), torch.randn(4, 3, 6), *torch.zeros(2, 3, 8))
+    h_beta.sum().backward()
+    assert encoder.c_gru.weight_ih_l0.grad.abs().sum() > 0
+    h_alpha = torch.randn(3, 8)
+    q = [milet.infer(encoder, h_alpha, torch.randn(3, 8), None, 0.8).q for _ in range(2)]
+    torch.testing.assert_close(q[0], q[1], atol=0, rtol=0)
+
+
+def test_one_gru_ablation():
+    encoder = milet.Encoder(6, 2, small_args(stacked_gru=False))
+    alpha, beta = encoder(torch.randn(4, 3, 2), torch.randn(4, 3), torch.randn(4, 3, 6), *torch.zeros(2, 3, 8))
+    assert alpha is beta and encoder.t_gru is None
+
+
+def test_cluster_sample_is_soft_in_training_and_one_hot_at_test():
+    encoder = milet.Encoder(6, 2, small_args())
+    h = torch.randn(500, 8)
+    seen = []
+    encoder.task = lambda h_beta, y: (seen.append(y), Normal(h_beta, 1.0))[1]
+    gumbel = Gumbel(0.0, 1.0).sample((500, 4))
+    milet.infer(encoder, h, h, gumbel, 0.8)
+    milet.infer(encoder, h, h, None, 0.8)
+    logits = encoder.cluster_logits(h)
+    torch.testing.assert_close(seen[0], ((logits + gumbel) / 0.8).softmax(-1))
+    torch.testing.assert_close(seen[1], F.one_hot(logits.argmax(-1), 4).float())
+
+
+def test_first_decoder_layer_in_parts_equals_the_concatenation():
+    args = small_args()
+    for sees_next in (True, False):
+        decoder = milet.Decoder(6, 2, sees_next, (7, 6), args)
+        obs, action, _ = trials()
+        z = torch.randn(3, 10, 3)
+        parts = decoder.from_z(z) + decoder.from_transition(obs, action)
+        s = decoder.embed_state(obs).relu()
+        inputs = [s[:, :, 1:]] * sees_next + [decoder.embed_action(action).relu(), s[:, :, :-1]]
+        whole = decoder.first(torch.cat([z, *(x.flatten(1, 2) for x in inputs)], dim=-1))
+        torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("decodes", [0, 4])
+def test_chunked_reconstruction_equals_the_plain_one(decodes, monkeypatch):
+    monkeypatch.setattr(milet.Reconstruction, "CHUNK", 70)  # several chunks a trial, a ragged last one
+    rest = torch.nn.Sequential(torch.nn.ReLU(), *milet.mlp(7, 6, 2)).double()
+    z = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 10, 7, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(3, 10, 2, dtype=torch.float64)
+    steps = torch.randint(10, (3, 5, decodes)) if decodes else None
+    index = steps if decodes else torch.arange(10).expand(3, 5, 10)
+    rows = torch.arange(3)[:, None, None]
+    plain = (rest(z[:, :, None] + x[rows, index]) - target[rows, index]).square().mean()
+    chunked = milet.Reconstruction.apply(rest, z, x, target, steps, *rest.parameters())
+    torch.testing.assert_close(chunked, plain)
+    inputs = [z, x, *rest.parameters()]
+    for a, b in zip(torch.autograd.grad(3 * chunked, inputs), torch.autograd.grad(3 * plain, inputs)):
+        torch.testing.assert_close(a, b)
+
+
+def literal_elbo(agent, obs, action, reward, args, seed):
+    """Eq. (4)-(8) in loops over trials, terms, transitions and clusters, with the random draws of elbo_loss."""
+    n, _, h, _ = action.shape
+    torch.manual_seed(seed)
+    t = torch.randint(2 * h + 1, (n, args.elbo_terms))
+    gumbel = Gumbel(0.0, 1.0).sample((n, args.elbo_terms, args.clusters))
+    noise = torch.randn(n, args.elbo_terms, args.latent_dim)
+    steps = torch.randint(2 * h, (n, args.elbo_terms, args.decodes)) if args.decodes else None
+    encoder, total = agent["encoder"], dict.fromkeys(("reward", "state", "kl_z", "kl_c", "l_i"), 0.0)
+    for b in range(n):
+        s, s_next = obs[b, :, :-1].reshape(2 * h, -1), obs[b, :, 1:].reshape(2 * h, -1)
+        a, r = action[b].reshape(2 * h, -1), reward[b].reshape(-1)
+        alpha = beta = torch.zeros(1, args.hidden)
+        hidden = [(alpha, beta)]
+        for i in range(2 * h):
+            alpha, beta = encoder(a[None, i : i + 1], r[None, i : i + 1], s_next[None, i : i + 1], alpha, beta)
+            alpha, beta = alpha[0], beta[0]
+            hidden.append((alpha, beta))
+        q = [Categorical(logits=encoder.cluster_logits(alpha)[0]) for alpha, _ in hidden]
+        total["l_i"] += sum(kl_divergence(q[i], q[i + 1]) for i in range(2 * h)) / (2 * h - 1) / n  # Eq. (6)
+        for e in range(args.elbo_terms):
+            alpha, beta = hidden[t[b, e]]
+            y = ((encoder.cluster_logits(alpha)[0] + gumbel[b, e]) / args.temperature).softmax(-1)
+            q_z, p_z = encoder.task(beta[0], y), agent["prior"](y)
+            z = q_z.mean + q_z.stddev * noise[b, e]
+            weight = 1 / (n * args.elbo_terms)
+            total["kl_z"] += weight * kl_divergence(q_z, p_z).sum()
+            total["kl_c"] += weight * kl_divergence(q[t[b, e]], Categorical(logits=torch.zeros(args.clusters)))
+            chosen = range(2 * h) if steps is None else steps[b, e].tolist()
+            for i in chosen:  # Eq. (5)
+                for name, goal in (("reward", r[i, None]), ("state", s_next[i])):
+                    decoder = agent[f"{name}_decoder"]
+                    before, after = decoder.embed_state(s[i]).relu(), decoder.embed_state(s_next[i]).relu()
+                    act = decoder.embed_action(a[i]).relu()
+                    inputs = [z, after, act, before] if name == "reward" else [z, act, before]
+                    error = (decoder.rest(decoder.first(torch.cat(inputs))) - goal).square().mean()
+                    total[name] += weight * error / len(chosen)
+    l_p = 0.0
+    for c in torch.eye(args.clusters):  # Eq. (7)
+        l_p += kl_divergence(agent["prior"](c), agent["target"](c)).sum() / args.clusters
+    lambda_i, lambda_p = (args.lambda_i, args.lambda_p) if args.consistency else (0, 0)
+    loss = total["reward"] + args.lambda_s * total["state"]
+    loss += args.kl_z_weight * (total["kl_z"] + lambda_p * l_p)
+    return loss + args.kl_c_weight * (total["kl_c"] + lambda_i * total["l_i"]), l_p
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"decodes": 3}, {"consistency": False}, {"stacked_gru": False}])
+def test_elbo_against_literal_equations(kwargs):
+    args = small_args(kl_z_weight=0.3, kl_c_weight=0.2, lambda_s=0.5, **kwargs)
+    agent = milet.make_agent(6, 2, args)
+    for p in agent["target"].parameters():  # so that L_P is not zero
+        p.data += 0.3 * torch.randn_like(p)
+    batch = trials()
+    torch.manual_seed(7)
+    terms = milet.elbo_loss(agent, *batch, args)
+    loss = terms["loss"]
+    expected, l_p = literal_elbo(agent, *batch, args, seed=7)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["l_p"], l_p)
+    trained = [p for k, m in agent.items() if k not in ("target", "psi", "phi") for p in m.parameters()]
+    for a, b in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_prior_consistency_is_zero_after_the_copy():
+    args = small_args()
+    agent = milet.make_agent(6, 2, args)
+    assert milet.elbo_loss(agent, *trials(), args)["l_p"] == 0
+    agent["prior"].mean[0].weight.data += 1
+    assert milet.elbo_loss(agent, *trials(), args)["l_p"] > 0
+
+
+# -- sampler -----------------------------------------------------------------------------------------------------------
+
+
+def play(args, test=False, env_id="hopper-params-4c", n=3):
+    env = gym.make_vec(env_id, num_envs=n)
+    agent = milet.make_agent(env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], args)
+    return agent, *milet.run_trial(env, env.unwrapped.task_set("train")[:n], 0, agent, args, test)
+
+
+def test_hidden_states_live_for_one_trial(monkeypatch):
+    """Zero at the start of the trial, carried over between its episodes, equal to one pass over the whole trial."""
+    beliefs, rollout = [], milet.rollout
+
+    def spy(env, obs, policy, encoder, belief, args, test):
+        episode, last = rollout(env, obs, policy, encoder, belief, args, test)
+        beliefs.append((belief, last))
+        return episode, last
+
+    monkeypatch.setattr(milet, "rollout", spy)
+    agent, explore, exploit = play(small_args())
+    (first, middle), (carried, end) = beliefs
+    assert (first.h_alpha == 0).all() and (first.h_beta == 0).all() and carried is middle
+    torch.testing.assert_close(exploit.q[0], explore.q[-1], atol=0, rtol=0)
+    torch.testing.assert_close(exploit.latent[0], explore.latent[-1], atol=0, rtol=0)
+    action, reward = (torch.cat([getattr(e, k) for e in (explore, exploit)]) for k in ("action", "reward"))
+    next_obs = torch.cat([e.obs[1:] for e in (explore, exploit)])
+    with torch.no_grad():
+        h_alpha, h_beta = agent["encoder"](action, reward, next_obs, *torch.zeros(2, 3, 8))
+        q = agent["encoder"].cluster_logits(h_alpha).softmax(-1)
+    for t, belief in ((99, middle), (199, end)):
+        torch.testing.assert_close(h_alpha[t], belief.h_alpha, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(h_beta[t], belief.h_beta, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(q, torch.cat([explore.q[1:], exploit.q[1:]]), atol=1e-5, rtol=1e-4)
+
+
+def test_done_flag_marks_the_last_observation_of_each_episode():
+    _, *episodes = play(small_args())
+    for episode in episodes:
+        flag = episode.obs[..., -1]
+        assert (flag[:-1] == 0).all() and (flag[-1] == 1).all()
+
+
+def test_second_episode_starts_from_the_reset_state():
+    """... and not from the terminal one, unless asked for (D4)."""
+    for keep in (False, True):
+        _, explore, exploit = play(small_args(keep_terminal=keep))
+        assert (exploit.obs[0] == explore.obs[-1]).all() == keep
+        assert (exploit.obs[0, :, -1] == float(keep)).all()
+
+
+def test_ant_has_114_inputs():
+    _, explore, _ = play(small_args(), env_id="ant-goal-4c", n=2)
+    assert explore.obs.shape == (101, 2, 114)
+    assert explore.obs[-1, :, 29:113].abs().max() > 0  # the ant has landed
+
+
+def test_test_trials_are_deterministic_and_training_ones_are_not():
+    for test in (True, False):
+        args = small_args()
+        agent, explore, _ = play(args, test)
+        env = gym.make_vec("hopper-params-4c", num_envs=3)
+        again, _ = milet.run_trial(env, env.unwrapped.task_set("train")[:3], 0, agent, args, test)
+        assert (explore.action == again.action).all() == test
+
+
+def test_squashed_actions_stay_in_the_box():
+    _, explore, _ = play(small_args(squash=True, policy_embed=0))
+    torch.testing.assert_close(explore.action, explore.sample.tanh())
+
+
+def test_one_policy_ablation_learns_from_the_whole_trial():
+    agent, explore, exploit = play(small_args(exploration=False))
+    assert "psi" not in agent
+    whole = milet.join(explore, exploit)
+    assert len(whole.reward) == 200 and len(whole.obs) == len(whole.latent) == 201
+    torch.testing.assert_close(whole.obs[100], exploit.obs[0])
+    torch.testing.assert_close(whole.action[99:101], torch.stack([explore.action[-1], exploit.action[0]]))
+
+
+def test_buffer_keeps_the_latest_trials():
+    buffer = milet.TrialBuffer(5, horizon=2, obs_dim=1, action_dim=1)
+    for value in range(4):  # 8 trials, of 2 each: 0 0 1 1 2 2 3 3
+        x = torch.full((3, 2, 1), float(value))
+        episode = milet.Episode(x, x[:2], x[:2], x[:2, :, 0], x, x)
+        buffer.add(episode, episode._replace(reward=-x[:2, :, 0]))
+    assert len(buffer) == 5
+    obs, action, reward = buffer.sample(50)
+    assert obs.shape == (5, 2, 3, 1) and action.shape == (5, 2, 2, 1)
+    assert sorted(obs[:, 0, 0, 0].tolist()) == [1, 2, 2, 3, 3]
+    torch.testing.assert_close(reward[:, 0], -reward[:, 1])
+    other = milet.TrialBuffer(5, horizon=2, obs_dim=1, action_dim=1)
+    other.load_state_dict(buffer.state_dict())
+    torch.testing.assert_close(other.data["obs"], buffer.data["obs"])
+    assert other.added == 8
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+def test_gae_against_the_sum():
+    reward, value = torch.randn(6, 2), torch.randn(7, 2)
+    delta = reward + 0.9 * value[1:] - value[:-1]
+    expected = torch.stack([sum((0.9 * 0.8) ** (j - i) * delta[j] for j in range(i, 6)) for i in range(6)])
+    torch.testing.assert_close(milet.gae(reward, value, 0.9, 0.8), expected)
+
+
+def test_time_limit_is_bootstrapped():
+    value = torch.full((101, 3), 1 / (1 - 0.97), dtype=torch.float64)
+    advantage = milet.gae(torch.ones(100, 3, dtype=torch.float64), value, 0.97, 0.9)
+    torch.testing.assert_close(advantage, torch.zeros_like(advantage), atol=1e-10, rtol=0)
+
+
+def test_value_loss():
+    value, old, goal = torch.randn(3, 50) * 2
+    expected = 0.0
+    for v, o, g in zip(value.tolist(), old.tolist(), goal.tolist()):
+        clipped = min(max(v, o - 0.1), o + 0.1)
+        huber = [0.5 * (x - g) ** 2 if abs(x - g) < 1 else abs(x - g) - 0.5 for x in (v, clipped)]
+        expected += 0.5 * max(huber) / 50
+    assert milet.value_loss(value, old, goal, 0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_running_stats():
+    stats, x = milet.RunningStats(3), 5 + 2 * torch.randn(4, 10, 3)
+    for part in x:
+        stats.update(part)
+    torch.testing.assert_close(stats.mean, x.double().mean((0, 1)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(stats.var, x.double().flatten(0, 1).var(0, correction=0), atol=1e-2, rtol=0)
+
+
+def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
+    args = small_args(gamma=0.0)
+    policy = milet.Policy(6, 2, args)
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+    obs, latent, none = torch.randn(51, 16, 6), torch.randn(51, 16, 6), torch.empty(0)
+    first = policy.mean(obs, latent).mean().item()
+    for _ in range(20):
+        with torch.no_grad():
+            sample = policy.distribution(obs[:-1], latent[:-1]).sample()
+        episode = milet.Episode(obs, sample, sample, none, none, latent)
+        milet.ppo_update(policy, optimizer, episode, sample.sum(-1), 0.0, args)
+    assert policy.mean(obs, latent).mean().item() > first + 0.2
+    torch.testing.assert_close(policy.stats.mean.float(), obs[:-1].mean((0, 1)), atol=1e-4, rtol=0)
+
+
+def test_initialisation():
+    policy = milet.Policy(6, 2, small_args(policy_init="normc", policy_hidden=(9, 7)))
+    for layer in (policy.actor[0], policy.actor[2], policy.critic[0], policy.critic[2]):
+        torch.testing.assert_close(layer.weight.norm(dim=1), torch.full((len(layer.weight),), 5 / 3))
+        assert (layer.bias == 0).all()
+    torch.testing.assert_close(policy.actor[4].weight.norm(dim=1), torch.ones(2))
+    encoder = milet.Encoder(6, 2, small_args())
+    recurrent = encoder.c_gru.weight_hh_l0
+    torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(8), atol=1e-5, rtol=0)
+
+
+# -- scores and command line -------------------------------------------------------------------------------------------
+
+
+def test_nmi_anchors():
+    env = gym.make_vec("ant-goal-4c").unwrapped
+    anchors = milet.nmi_anchors(env, env.task_set("test"), 4)
+    assert abs(anchors["eval/nmi_ceiling"] - 0.65) < 0.01 and abs(anchors["eval/nmi_chance"] - 0.13) < 0.01
+
+
+def test_flags_beat_presets_and_every_environment_has_one():
+    assert set(milet.PRESETS) <= set(envs.ENVIRONMENTS)
+    args = milet.parse_args(["--env", "humanoid-dir-4c", "--gamma", "0.5", "--no-consistency", "--clusters", "6"])
+    assert (args.squash, args.policy_hidden) == (True, (512, 256))
+    assert (args.gamma, args.consistency, args.clusters) == (0.5, False, 6)
+
+
+def test_help_shows_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        milet.parse_args(["--env", "hopper-params-4c", "--help"])
+    assert "(default: 256 64)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--env", "ant-gaol-4c"], "unknown environment 'ant-gaol-4c'; did you mean ant-goal-4c"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--resume", "a", "--evaluate", "b"], "contradict"),
+        (["--frames", "0"], "--frames must be at least 1"),
+        (["--clusters", "0"], "--clusters must be at least 1"),
+    ],
+)
+def test_wrong_input_gets_one_line(argv, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        milet.parse_args(argv)
+    assert "\n" not in str(error.value)

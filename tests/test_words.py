@@ -1,0 +1,90 @@
+"""What the words promise: citations, commands, tables, links."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import milet
+import pytest
+from conftest import ROOT
+
+import envs
+
+SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_every_citation_of_the_header_stands_in_the_body_and_the_reverse(script):
+    _, header, body = script.read_text().split('"""', 2)
+    equations = lambda text: {  # noqa: E731
+        n
+        for match in re.findall(r"Eq\. ((?:\(\d+\)(?:-|, )?)+)", text)
+        for a, _, b in [match.partition("-")]
+        for n in (range(int(a.strip("()")), int(b.strip("()")) + 1) if b else map(int, re.findall(r"\d+", match)))
+    }
+    deviations = lambda text: set(re.findall(r"\bD\d+\b", text))  # noqa: E731
+    assert equations(header) <= equations(body)
+    assert deviations(header) == deviations(body)
+    for name in re.findall(r"-> ([a-z_]+)[,\s]", header):
+        assert re.search(rf"\b{name}\b", body), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_the_same_sections_in_the_same_order(script):
+    sections = re.findall(r"^# == (.+?) =+$", script.read_text(), re.M)
+    order = ["Args", "Networks", "Sampler", "Evaluation", "Run folder and checkpoint", "Training", "Command line"]
+    assert [s for s in sections if s in order] == order
+
+
+def test_tables_list_every_environment_and_script():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "environments.md").read_text()
+    shipped = [i for i in envs.ENVIRONMENTS if not i.startswith("probe") and i != "reach-on-a-line"]
+    for env_id in shipped:
+        assert f"`{env_id}`" in readme and f"`{env_id}`" in page
+    for script in SCRIPTS:
+        assert f"algos/{script.name}" in readme and (ROOT / "docs" / f"{script.stem}.md").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "RUN" not in c])
+def test_documented_commands_run(command, tmp_path):
+    """Each for three meta-iterations; those on an existing run are in test_runs.py."""
+    if "my_envs" in command:
+        source = (ROOT / "docs" / "environments.md").read_text()
+        (template,) = re.findall(r"```python\n(import numpy as np\n\nimport envs\n.*?)```", source, re.S)
+        (tmp_path / "my_envs.py").write_text(template)
+        assert len(template.splitlines()) <= 35
+    words = [w.rstrip(",.;)") for w in shlex.split(command)]
+    if "--frames" in words:
+        del words[words.index("--frames") : words.index("--frames") + 2]
+    short = ["--frames", "9600", "--run-dir", str(tmp_path / "runs"), "--eval-every", "2"]
+    path = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, *words[1:], *short], cwd=ROOT, capture_output=True, text=True, timeout=200, env=path
+    )
+    assert result.returncode == 0, result.stderr
+    assert next((tmp_path / "runs").glob("*/eval.csv")).exists()
+
+
+def test_commands_on_runs_name_real_flags():
+    on_runs = [c for c in COMMANDS if "RUN" in c]
+    assert on_runs
+    for command in on_runs:
+        for flag in re.findall(r"--([a-z-]+)", command):
+            assert hasattr(milet.Args, flag.replace("-", "_")), command
+
+
+def test_package_ships_only_the_environments():
+    config = (ROOT / "pyproject.toml").read_text()
+    assert 'packages = ["envs"]' in config
+    requirements = Path(ROOT / "requirements.txt").read_text().splitlines()
+    assert requirements[-1] == "-e ." and all("==" in line for line in requirements[:-1])
