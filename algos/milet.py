@@ -132,8 +132,9 @@ HOPPER = dict(
     kl_z_weight=1e-4, kl_c_weight=1e-4, elbo_terms=50, decodes=50, policy_hidden=(128, 128), policy_init="normc",
     entropy_phi=1e-3, entropy_psi=1e-2,
 )  # fmt: skip
-POINT = dict(  # tuned by us
-    frames=3_200_000, kl_z_weight=3e-3, lr_vae=3e-3, elbo_terms=30, decodes=30, lr_phi=1e-3, lr_psi=1e-3,
+POINT = dict(  # tuned by us, on seed 0
+    frames=6_400_000, num_envs=64, minibatches=16, hidden=64, reward_decoder=(64, 64), kl_z_weight=3e-3, kl_c_weight=3e-3,
+    elbo_terms=30, decodes=30, vae_updates=8, lr_vae=2e-3, clip=0.1, lr_psi=1e-3, lr_phi=2e-3,
 )  # fmt: skip
 PRESETS = {
     "humanoid-dir-4c": HUMANOID,
@@ -629,9 +630,9 @@ class Run:
             (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
         for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
             header, *rows = file.read_text().splitlines() or [""]
-            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration]
-            file.with_suffix(".tmp").write_text("".join(f"{row}\n" for row in [header, *rows]))
-            os.replace(file.with_suffix(".tmp"), file) if rows and iteration else file.unlink()
+            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]
+            file.with_suffix(".tmp").write_text("".join(f"{row}\n" for row in [header, *rows] if rows))
+            os.replace(file.with_suffix(".tmp"), file)
         self.tensorboard, self.wandb = SummaryWriter(str(path), purge_step=iteration + 1), None
         if args.track:
             import wandb
@@ -643,10 +644,9 @@ class Run:
 
     def log(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
         """A row of NAME.csv, TensorBoard, Weights & Biases."""
-        new = not (self.path / f"{name}.csv").exists()
         with (self.path / f"{name}.csv").open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            if new:
+            if file.tell() == 0:
                 writer.writerow(["iteration", *metrics])
             writer.writerow([iteration, *(v if isinstance(v, int) else f"{v:.6g}" for v in metrics.values())])
         for key, value in metrics.items():

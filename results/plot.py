@@ -58,16 +58,17 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scripted_return(env_id: str, action: str) -> float | None:
-    """Mean return over the test tasks of a policy that knows nothing ("still") or the task ("oracle"), if there is."""
+    """Mean return over the test tasks, three seeds, of zero actions ("still") or of who knows the task ("oracle")."""
     tasks = gym.make_vec(env_id).unwrapped.task_set("test")
     env = gym.make_vec(env_id, num_envs=len(tasks))
     if action == "oracle" and not hasattr(env.unwrapped, "oracle_action"):
         return None
-    env.reset(seed=0, options={"tasks": tasks})
     total = np.zeros(len(tasks))
-    for _ in range(env.unwrapped.horizon):
-        move = env.unwrapped.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
-        total += env.step(move)[1]
+    for seed in range(3):
+        env.reset(seed=seed, options={"tasks": tasks})
+        for _ in range(env.unwrapped.horizon):
+            move = env.unwrapped.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
+            total += env.step(move)[1] / 3
     return float(total.mean())
 
 
@@ -97,6 +98,9 @@ def learning_curve(runs: list[Path], path: Path) -> None:
                 name = "oracle (knows the task)" if action == "oracle" else "standing still"
                 axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {level:.0f}")
         axis.set(title=column.removeprefix("eval/return_").replace("_", " "), xlabel="environment frames")
+    trained = [t[c][len(t[c]) // 4 :].min() for tables in groups.values() for t in tables for c in columns]
+    low, high = min([*trained, *filter(None, anchors.values())]), axes[0][0].get_ylim()[1]
+    axes[0][0].set_ylim(low - 0.05 * (high - low))  # untrained agents may fall out of the picture
     axes[0][0].set_ylabel("return on held-out tasks")
     axes[0][-1].legend(fontsize=7)
     figure.suptitle(env)

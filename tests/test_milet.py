@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, Gumbel, Normal, kl_divergence
 
-import envs
-
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -238,9 +236,10 @@ def test_done_flag_marks_the_last_observation_of_each_episode():
 def test_second_episode_starts_from_the_reset_state():
     """... and not from the terminal one, unless asked for (D4)."""
     for keep in (False, True):
-        _, explore, exploit = play(small_args(keep_terminal=keep))
-        assert (exploit.obs[0] == explore.obs[-1]).all() == keep
+        _, explore, exploit = play(small_args(keep_terminal=keep), env_id="point-goal-4c")
         assert (exploit.obs[0, :, -1] == float(keep)).all()
+        state = explore.obs[-1, :, :-1] if keep else torch.zeros(3, 2)  # a point starts at the origin
+        torch.testing.assert_close(exploit.obs[0, :, :-1], state, atol=0, rtol=0)
 
 
 def test_ant_has_114_inputs():
@@ -305,6 +304,11 @@ def test_time_limit_is_bootstrapped():
     torch.testing.assert_close(advantage, torch.zeros_like(advantage), atol=1e-10, rtol=0)
 
 
+def test_discounted_sums():
+    sums = milet.discounted_sums(torch.tensor([[1.0, 8.0], [1.0, 0.0], [1.0, 0.0]]), 0.5)
+    torch.testing.assert_close(sums, torch.tensor([[1, 8], [1.5, 4], [1.75, 2]]))
+
+
 def test_value_loss():
     value, old, goal = torch.randn(3, 50) * 2
     expected = 0.0
@@ -338,6 +342,20 @@ def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     torch.testing.assert_close(policy.stats.mean.float(), obs[:-1].mean((0, 1)), atol=1e-4, rtol=0)
 
 
+def test_ppo_bootstraps_from_the_state_at_the_time_limit(monkeypatch):
+    args = small_args()
+    policy, seen = milet.Policy(6, 2, args), []
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+    obs, latent, sample = torch.randn(11, 4, 6), torch.randn(11, 4, 6), torch.randn(10, 4, 2)
+    with torch.no_grad():
+        expected = policy.value(obs, latent)
+    gae = milet.gae
+    monkeypatch.setattr(milet, "gae", lambda reward, value, *rest: (seen.append(value), gae(reward, value, *rest))[1])
+    episode = milet.Episode(obs, sample, sample, obs, obs, latent)
+    milet.ppo_update(policy, optimizer, episode, torch.randn(10, 4), 0.0, args)
+    torch.testing.assert_close(seen[0], expected)  # the values of all 11 states, by the statistics that acted
+
+
 def test_initialisation():
     policy = milet.Policy(6, 2, small_args(policy_init="normc", policy_hidden=(9, 7)))
     for layer in (policy.actor[0], policy.actor[2], policy.critic[0], policy.critic[2]):
@@ -358,8 +376,34 @@ def test_nmi_anchors():
     assert abs(anchors["eval/nmi_ceiling"] - 0.65) < 0.01 and abs(anchors["eval/nmi_chance"] - 0.13) < 0.01
 
 
-def test_flags_beat_presets_and_every_environment_has_one():
-    assert set(milet.PRESETS) <= set(envs.ENVIRONMENTS)
+ANT = (50e6, 32, (64, 32), (), 0.01, 0.001, 100, 0, 64, (128, 64), 2, 8, 0.05, 0.97, 1e-4, 1e-3)
+HUMANOID = (30e6, 128, (64, 32), (), 1e-3, 1e-4, 50, 100, 0, (512, 256), 4, 2, 0.1, 0.99, 1e-4, 1e-3)
+HOPPER = (10e6, 64, (256, 64), (256, 128), 1e-4, 1e-4, 50, 50, 64, (128, 128), 2, 8, 0.05, 0.97, 1e-3, 1e-2)
+WALKER = (10e6, 64, (256, 64), (256, 128), 1e-3, 1e-3, 50, 50, 64, (128, 128), 2, 8, 0.05, 0.97, 1e-3, 1e-2)
+OFFICIAL = {
+    "ant-goal-4c": ANT,
+    "ant-goal-partial-4c": ANT,
+    "ant-goal-u": ANT,
+    "humanoid-dir-4c": HUMANOID,
+    "humanoid-dir-sparse-4c": HUMANOID,
+    "hopper-params-4c": HOPPER,
+    "walker-params-4c": WALKER,
+}
+
+
+@pytest.mark.parametrize("env_id", OFFICIAL)
+def test_presets_are_the_official_configurations(env_id):
+    a = milet.parse_args(["--env", env_id])
+    networks = (a.frames, a.hidden, a.reward_decoder, a.state_decoder, a.kl_z_weight, a.kl_c_weight, a.elbo_terms)
+    policies = (a.decodes, a.policy_embed, a.policy_hidden, a.ppo_epochs, a.minibatches, a.clip, a.gamma)
+    assert networks + policies + (a.entropy_phi, a.entropy_psi) == OFFICIAL[env_id]
+    robot = env_id.split("-")[0]
+    assert a.embed == ((32, 32, 32) if robot in ("hopper", "walker") else (32, 16, 16))
+    assert a.policy_init == ("normc" if robot in ("hopper", "walker") else "orthogonal")
+    assert a.squash == (robot == "humanoid")
+
+
+def test_flags_beat_presets():
     args = milet.parse_args(["--env", "humanoid-dir-4c", "--gamma", "0.5", "--no-consistency", "--clusters", "6"])
     assert (args.squash, args.policy_hidden) == (True, (512, 256))
     assert (args.gamma, args.consistency, args.clusters) == (0.5, False, 6)
@@ -378,6 +422,11 @@ def test_help_shows_the_preset(capsys):
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--resume", "a", "--evaluate", "b"], "contradict"),
         (["--frames", "0"], "--frames must be at least 1"),
+        (["--env", "CartPole-v1"], "unknown environment 'CartPole-v1'"),
+        (["--env", "nowhere:ant"], "No module named 'nowhere'"),
+        (["--decodes", "-1"], "--decodes must be at least 0"),
+        (["--num-envs", "501"], "at most 500"),
+        (["--temperature", "0"], "must be positive"),
         (["--clusters", "0"], "--clusters must be at least 1"),
     ],
 )
