@@ -11,7 +11,10 @@ run() { if [ "${SLURM:-}" ]; then sbatch --cpus-per-task=2 --wrap "$*"; else "$@
 
 case "${1:-}" in
   speed) python results/speed.py ;;
-  milet-point) for seed in 0 1 2; do run python algos/milet.py --env point-goal-4c --seed "$seed"; done ;;
+  milet-point)
+    for seed in 0 1 2; do run python algos/milet.py --env point-goal-4c --seed "$seed" --run-dir runs/point; done
+    [ "${SLURM:-}" ] || python results/plot.py runs/point/* --out runs/point-figures
+    ;;
   milet-mujoco)
     run python algos/milet.py --env ant-goal-4c --frames 5000000
     run python algos/milet.py --env hopper-params-4c --frames 1000000

@@ -140,7 +140,7 @@ def belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     axes[1].plot(entropy.mean(1))
     axes[1].fill_between(range(len(q)), *np.quantile(entropy, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
     axes[1].axhline(np.log(q.shape[-1]), color="0.4", linestyle=":", linewidth=1, label="uniform belief")
-    axes[1].set(xlabel="step of the exploration episode", ylabel="entropy of q(c) (nats)")
+    axes[1].set(xlabel="step of the exploration episode", ylabel="entropy of q(c) (nats)", ylim=(0, None))
     axes[1].legend(fontsize=7)
     figure.suptitle(env)
     save(figure, path)

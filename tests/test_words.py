@@ -17,15 +17,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
 
 
+def equations(text: str) -> set[int]:
+    """The numbers n of `Eq. (n)`, `Eq. (m), (n)` and `Eq. (m)-(n)`."""
+    found = set()
+    for group in re.findall(r"Eq\. (\(\d+\)(?:(?:-|, )\(\d+\))*)", text):
+        for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", group):
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_equations_and_functions_of_the_header_stand_in_the_body_and_deviations_in_both(script):
     _, header, body = script.read_text().split('"""', 2)
-    equations = lambda text: {  # noqa: E731
-        n
-        for match in re.findall(r"Eq\. ((?:\(\d+\)(?:-|, )?)+)", text)
-        for a, _, b in [match.partition("-")]
-        for n in (range(int(a.strip("()")), int(b.strip("()")) + 1) if b else map(int, re.findall(r"\d+", match)))
-    }
     deviations = lambda text: set(re.findall(r"\bD\d+\b", text))  # noqa: E731
     assert equations(header) <= equations(body)
     assert deviations(header) == deviations(body)
@@ -48,6 +51,7 @@ def test_tables_list_every_environment_and_script():
         assert f"`{env_id}`" in readme and f"`{env_id}`" in page
     for script in SCRIPTS:
         assert f"algos/{script.name}" in readme and (ROOT / "docs" / f"{script.stem}.md").exists()
+        assert f"| {len(script.read_text().splitlines())} |" in readme, "the number of lines"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
