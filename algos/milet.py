@@ -715,6 +715,7 @@ def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
 
 
 def train(args: Args) -> None:
+    args = replace(args, num_threads=args.num_threads or torch.get_num_threads())
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     env = gym.make_vec(args.env, num_envs=args.num_envs, num_threads=args.num_threads)
@@ -880,7 +881,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         fail("--num-envs must be at most 500 (the training tasks) and --buffer-trials")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but PyTorch finds no GPU")
-    return replace(args, num_threads=args.num_threads or torch.get_num_threads())
+    return args
 
 
 if __name__ == "__main__":
