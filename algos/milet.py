@@ -292,7 +292,7 @@ class Belief(NamedTuple):
     h_alpha: Tensor  # [env, hidden]
     h_beta: Tensor  # [env, hidden]
     q: Tensor  # q(c | τ:t) [env, C]
-    latent: Tensor  # mean and variance of q(z | c, τ:t) [env, 2 latent_dim]
+    latent: Tensor  # mean and variance of q(z | c, τ:t) [env, 2 latent_dim] (D10)
 
 
 class Episode(NamedTuple):
@@ -428,7 +428,7 @@ class Reconstruction(torch.autograd.Function):
             chosen = slice(None) if steps is None else steps[b, e]
             with torch.enable_grad():
                 z_part, x_part = z[b, e].detach().requires_grad_(), x[b].detach().requires_grad_()
-                error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count
+                error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count  # D1
             grads = torch.autograd.grad(error, [z_part, x_part, *weights])
             for total, grad in zip([sums[0][b, e], sums[1][b], *sums[2:]], grads):
                 total += grad
@@ -776,7 +776,7 @@ def train(args: Args) -> None:
             explore, exploit = run_trial(env, tasks, torch.randint(2**31, ()).item(), agent, args, test=False)
             clock.append(time.time())
 
-            # l. 5-6: into the buffer; exploration rewards; the scale of the rewards (D7)
+            # l. 5-6: into the buffer at once (D9); exploration rewards; the scale of the rewards (D7)
             buffer.add(explore, exploit)
             bonus_h, bonus_c = exploration_bonus(explore.q)
             reward = torch.cat([explore.reward, exploit.reward])  # [H+, env]
@@ -804,7 +804,7 @@ def train(args: Args) -> None:
                 clock.append(time.time())
 
                 # l. 9-10: θ and ω maximise Eq. (8)
-                if iteration % args.target_every == 0:
+                if iteration % args.target_every == 0:  # D10
                     agent["target"].load_state_dict(agent["prior"].state_dict())
                 for _ in range(args.vae_updates):
                     terms = vae_update(agent, optimizers["vae"], buffer.sample(args.vae_batch), args)

@@ -31,13 +31,15 @@ class AntGoal4C(MujocoVectorEnv):
         noise = rng.uniform(-0.1, 0.1, self.model.nq)
         return self.model.qpos0 + noise, 0.1 * rng.standard_normal(self.model.nv)
 
+    def contact_forces_clipped(self) -> np.ndarray:
+        return np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
+
     def observation(self):
-        contact = np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
-        return np.concatenate([self.qpos, self.qvel, contact], axis=1)
+        return np.concatenate([self.qpos, self.qvel, self.contact_forces_clipped()], axis=1)
 
     def reward(self, action):
-        contact = np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
-        return self.goal_reward() - 0.01 * np.square(action).sum(1) - 0.0005 * np.square(contact).sum(1)
+        contact_cost = 0.0005 * np.square(self.contact_forces_clipped()).sum(1)
+        return self.goal_reward() - 0.01 * np.square(action).sum(1) - contact_cost
 
     def goal_reward(self) -> np.ndarray:
         return -np.abs(self.qpos[:, :2] - self.tasks.params).sum(1)

@@ -11,7 +11,7 @@ does not have (no clusters, no goals, no beliefs).
 import csv
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -38,7 +38,7 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 class Options:
     runs: tyro.conf.Positional[list[Path]]
     """run folders"""
-    out: Path | None = field(default=None)
+    out: Path | None = None
     """where the figures go; default: figures/ in the first run"""
 
 
