@@ -622,7 +622,7 @@ def fail(message: str):
 class Run:
     """The run folder, Weights & Biases, and the terminal."""
 
-    def __init__(self, path: Path, args: Args, iteration: int, frames: int):
+    def __init__(self, path: Path, args: Args, iteration: int, iterations: int):
         self.path, self.last_line = path, time.time()
         if not args.resume:
             if path.exists():
@@ -640,8 +640,7 @@ class Run:
 
             options = dict(project="clean-meta-rl", name=path.name, id=path.name, dir=path, resume="allow")
             self.wandb = wandb.init(**options, config=asdict(args))
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(total=args.frames, initial=frames, unit="frame", unit_scale=True, disable=quiet)
+        self.bar = tqdm(total=iterations, initial=iteration, unit="it", disable=not sys.stderr.isatty())
 
     def log(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
         """A row of NAME.csv, TensorBoard, Weights & Biases."""
@@ -662,11 +661,12 @@ class Run:
 
     def progress(self, metrics: dict[str, float]) -> None:
         """The bar; without a terminal, a line a minute."""
-        line = "returns {train/return_episode_1:.1f}, {train/return_episode_2:.1f}".format(**metrics)
+        returns = [f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return_") and "cluster" not in k]
+        line = f"{metrics['charts/sps']:,.0f} frames/s · training returns {', '.join(returns)}"
         self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update(metrics["charts/frames"] - self.bar.n)
+        self.bar.update()
         if self.bar.disable and time.time() - self.last_line > 60:
-            self.say(f"frames {metrics['charts/frames']:,} · {metrics['charts/sps']:.0f} frames/s · training {line}")
+            self.say(f"frames {metrics['charts/frames']:,} · {line}")
 
     def close(self) -> None:
         self.bar.close()
@@ -675,8 +675,8 @@ class Run:
             self.wandb.finish()
 
 
-def load_checkpoint(folder: str, args: Args, parts: dict) -> tuple[int, Tensor]:
-    """Load the state of the parts; returns the meta-iteration and the random state."""
+def load_checkpoint(folder: str, args: Args, parts: dict) -> dict:
+    """Load the state of the parts; returns all of the checkpoint."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         fail(f"no checkpoint at {path}")
@@ -689,10 +689,10 @@ def load_checkpoint(folder: str, args: Args, parts: dict) -> tuple[int, Tensor]:
         fail(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
     if owner != (SCRIPT, args.env):
         fail(f"{path} belongs to {owner[0]}.py on {owner[1]}, not to {SCRIPT}.py on {args.env}")
-    return state["iteration"], state["rng"].clone()
+    return state
 
 
-def check_finite(agent: nn.ModuleDict, metrics: dict[str, float]) -> None:
+def check_finite(agent: nn.Module, metrics: dict[str, float]) -> None:
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     bad += [name for name, p in agent.named_parameters() if not p.isfinite().all()]
     if bad:
@@ -740,11 +740,12 @@ def train(args: Args) -> None:
         print(summary(metrics | anchors), f"figures: python results/plot.py {args.evaluate}", sep="\n")
         return
     if args.resume:
-        done, rng = load_checkpoint(args.resume, args, stateful)
-        torch.set_rng_state(rng)
+        state = load_checkpoint(args.resume, args, stateful)
+        done = state["iteration"]
+        torch.set_rng_state(state["rng"].clone())
 
     name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Run(Path(args.resume or Path(args.run_dir) / name), args, done, done * frames_per_iteration)
+    run = Run(Path(args.resume or Path(args.run_dir) / name), args, done, iterations)
     run.say(f"{SCRIPT}.py · {args.env} · seed {args.seed} · {args.device}, {args.num_threads} threads")
     run.say(f"{iterations:,} meta-iterations of {frames_per_iteration:,} frames -> {run.path}")
     stop = []  # the signals received: finish the iteration, save, leave
@@ -836,6 +837,34 @@ def train(args: Args) -> None:
 # == Command line ======================================================================================================
 
 
+def load_args(folder: str) -> Args:
+    """The args.json of a run folder of this script."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        fail(f"{folder} is not a run folder: it has no args.json")
+    try:
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+        script = stored.pop("script")
+        args = Args(**stored) if script == SCRIPT else None
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path} is damaged, or of another version")
+    return args or fail(f"{folder} is a run of {script}.py")
+
+
+def env_class(env: str) -> type[envs.TaskVectorEnv]:
+    """The class of an environment id; of module:id after importing the module."""
+    *module, env_id = env.split(":")
+    try:
+        for name in module:
+            importlib.import_module(name)
+    except ImportError as error:
+        fail(f"--env {env}: {error}")
+    if env_id not in envs.ENVIRONMENTS:
+        near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
+        fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?")
+    return envs.ENVIRONMENTS[env_id]
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -845,32 +874,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if known.resume and known.evaluate:
         fail("--resume and --evaluate contradict each other")
     env, folder = known.env or Args.env, known.resume or known.evaluate
-    default = Args(**{"env": env} | PRESETS.get(env, {}))
-    if folder:
-        if not (path := Path(folder) / "args.json").exists():
-            fail(f"{folder} is not a run folder: it has no args.json")
-        try:
-            stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-            script = stored.pop("script")
-            default = Args(**stored) if script == SCRIPT else default
-        except (ValueError, KeyError, TypeError):
-            fail(f"{path} is damaged, or of another version")
-        if script != SCRIPT:
-            fail(f"{folder} is a run of {script}.py")
+    default = load_args(folder) if folder else Args(**{"env": env} | PRESETS.get(env, {}))
     args = tyro.cli(Args, default=default, args=argv, description=__doc__.split("\n")[0])
     free = ("resume", "evaluate", "device", "num_threads", "track", "run_dir")
     changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
     if folder and changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
-    *module, env_id = args.env.split(":")
-    try:
-        for name in module:
-            importlib.import_module(name)
-    except ImportError as error:
-        fail(f"--env {args.env}: {error}")
-    if env_id not in envs.ENVIRONMENTS:
-        near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
-        fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?")
+    env_class(args.env)
     may_be_0 = ("seed", "num_threads", "decodes", "policy_embed", "precollect")
     for name, value in asdict(args).items():
         if type(value) is int and value < (name not in may_be_0):

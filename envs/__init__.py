@@ -4,11 +4,14 @@ from functools import partial
 
 import gymnasium as gym
 
-from envs.ant import AntGoal4C, AntGoalPartial4C, AntGoalU
+from envs.ant import AntDir, AntGoal4C, AntGoalPartial4C, AntGoalU
 from envs.base import MujocoVectorEnv, SingleEnv, Tasks, TaskVectorEnv
+from envs.half_cheetah import CheetahDir, CheetahVel, CheetahVelNoise
 from envs.humanoid import HumanoidDir4C, HumanoidDirSparse4C
+from envs.mixed import ML2, AntCheetahDir
 from envs.point import PointGoal4C
 from envs.rand_params import HopperParams4C, WalkerParams4C
+from envs.walker2d import WalkerDir
 
 __all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "register"]
 
@@ -21,6 +24,13 @@ ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
     "hopper-params-4c": HopperParams4C,  # MILET
     "walker-params-4c": WalkerParams4C,  # MILET
     "point-goal-4c": PointGoal4C,  # ours
+    "cheetah-dir": CheetahDir,  # ProMP, CML
+    "cheetah-vel": CheetahVel,  # MAML, RMAML
+    "cheetah-vel-noise": CheetahVelNoise,  # RMAML
+    "ant-dir": AntDir,  # ProMP, CML
+    "walker-dir": WalkerDir,  # ProMP, Herd
+    "ant-cheetah-dir": AntCheetahDir,  # CML
+    "ml2": ML2,  # Herd
 }
 
 

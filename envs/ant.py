@@ -1,12 +1,32 @@
-"""The Ant-Goal family of MILET (App. C): a quadruped that must reach a goal on a circle of radius 2."""
+"""The ant, a quadruped: it must reach a goal on a circle of radius 2 (MILET, App. C), or run in a direction (CML)."""
 
 import numpy as np
 
 from envs.base import MujocoVectorEnv
 from envs.circle import CENTRES, circle, nearest_centre
+from envs.runner import DirectionRunner
 
 
-class AntGoal4C(MujocoVectorEnv):
+class Ant(MujocoVectorEnv):
+    """What all ants share: the robot, its start, live contact forces."""
+
+    xml, frame_skip, dt, contact_forces = "ant.xml", 5, 0.05, True
+    action_dim = 8
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cfrc_ext = self.batch.bind("cfrc_ext")
+
+    def start_state(self, rng):
+        noise = rng.uniform(-0.1, 0.1, self.model.nq)
+        return self.model.qpos0 + noise, 0.1 * rng.standard_normal(self.model.nv)
+
+    def contact_forces_clipped(self) -> np.ndarray:
+        """[num_envs, 84], of all 14 bodies."""
+        return np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
+
+
+class AntGoal4C(Ant):
     """`ant-goal-4c`: goals 2 (cos pi s, sin pi s), s ~ N(m_k, 0.2^2), m = 0.25, 0.75, 1.25, 1.75.
 
     Observation [113]: qpos (15), qvel (14), contact forces of all 14 bodies clipped to [-1, 1] (84).
@@ -14,25 +34,13 @@ class AntGoal4C(MujocoVectorEnv):
     Episode: 100 steps of 0.05 s, no termination.
     """
 
-    xml, frame_skip, dt, contact_forces = "ant.xml", 5, 0.05, True
-    obs_dim, action_dim, task_dim, num_clusters = 113, 8, 2, 4
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.cfrc_ext = self.batch.bind("cfrc_ext")
+    obs_dim, task_dim, num_clusters = 113, 2, 4
 
     def draw(self, cluster, rng):
         return 2 * circle(rng.normal(CENTRES[cluster], 0.2))
 
     def nearest_cluster(self, params):
         return nearest_centre(params)
-
-    def start_state(self, rng):
-        noise = rng.uniform(-0.1, 0.1, self.model.nq)
-        return self.model.qpos0 + noise, 0.1 * rng.standard_normal(self.model.nv)
-
-    def contact_forces_clipped(self) -> np.ndarray:
-        return np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
 
     def observation(self):
         return np.concatenate([self.qpos, self.qvel, self.contact_forces_clipped()], axis=1)
@@ -62,3 +70,24 @@ class AntGoalU(AntGoal4C):
 
     def nearest_cluster(self, params):
         return np.zeros(len(params), int)
+
+
+class AntDir(Ant, DirectionRunner):
+    """`ant-dir`: forward or backward.
+
+    Observation [111]: qpos[2:] (13), qvel (14), contact forces of all 14 bodies clipped to [-1, 1] (84).
+    Reward: d dx/dt + 1 - 0.5 |a|^2 - 0.0005 |clip(cfrc_ext, -1, 1)|^2.
+    Episode: 100 steps of 0.05 s; it ends when the height of the torso leaves [0, 1].
+    """
+
+    obs_dim = 111
+
+    def observation(self):
+        return np.concatenate([self.qpos[:, 2:], self.qvel, self.contact_forces_clipped()], axis=1)
+
+    def reward(self, action):
+        contact_cost = 0.0005 * np.square(self.contact_forces_clipped()).sum(1)
+        return self.directed_velocity() + 1 - 0.5 * np.square(action).sum(1) - contact_cost
+
+    def terminated(self):
+        return (self.qpos[:, 2] < 0) | (self.qpos[:, 2] > 1)

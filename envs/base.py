@@ -9,6 +9,7 @@ that has terminated or run out of time is frozen (no physics, reward 0, same obs
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     """Copies of one environment, each with its own task, its own clock and its own random stream.
 
     A definition sets `obs_dim`, `action_dim`, `task_dim`, `num_clusters` (1: no cluster structure), `horizon`
-    (steps per episode), `dt` (seconds per step), and implements
+    (steps per episode, which the constructor can override), `dt` (seconds per step), `num_test_tasks`, and implements
 
         draw(cluster, rng) -> params          one task of each given cluster, [n] -> [n, task_dim]
         nearest_cluster(params) -> cluster    the best guess of one who sees the parameters: the ceiling of NMI
@@ -62,6 +63,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         reward(action) -> [num_envs]          of the step just taken
         terminated() -> [num_envs] bool       default: never
         apply_tasks(ids)                      default: nothing; write task parameters into the simulations
+        cluster_cycle(split)                  default: every cluster once; the clusters that tasks take in turn
     """
 
     obs_dim: int
@@ -70,10 +72,16 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     num_clusters: int = 1
     horizon: int = 100
     dt: float
+    num_test_tasks: int = 32
 
-    def __init__(self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None):
+    def __init__(
+        self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None, horizon: int | None = None
+    ):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        self.horizon = self.horizon if horizon is None else horizon
+        if self.horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}")
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": round(1 / self.dt),
@@ -95,21 +103,27 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     # -- task distribution ------------------------------------------------------------------------------------------
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> Tasks:
-        """n fresh tasks; their clusters are balanced, starting from a random one."""
-        cluster = (np.arange(n) + rng.integers(self.num_clusters)) % self.num_clusters
+        """n fresh training tasks; their clusters are balanced, starting from a random one."""
+        cycle = self.cluster_cycle("train")
+        cluster = np.resize(np.roll(cycle, -rng.integers(len(cycle))), n)
         return Tasks(self.draw(cluster, rng), cluster)
 
     def task_set(self, split: str) -> Tasks:
-        """The fixed "train" (500) or "test" (32) tasks: the same for every seed, balanced over clusters, disjoint.
+        """The fixed "train" (500) or "test" (num_test_tasks) tasks: the same for every seed, balanced over clusters.
 
-        Drawn in one go from NumPy's legacy generator with seed 123, as MILET's official code does, so that the goals
-        and directions are the very ones of the paper.
+        Disjoint wherever there are enough tasks (two directions are all in both). Drawn in one go from NumPy's legacy
+        generator with seed 123, as MILET's official code does, so that goals and directions are the paper's own.
         """
         if split not in ("train", "test"):
             raise ValueError(f"task_set takes 'train' or 'test', got {split!r}")
-        cluster = np.arange(532) % self.num_clusters
+        sizes = {"train": 500, "test": self.num_test_tasks}
+        cluster = np.concatenate([np.resize(self.cluster_cycle(s), n) for s, n in sizes.items()])
         tasks = Tasks(self.draw(cluster, np.random.RandomState(123)), cluster)
         return tasks[:500] if split == "train" else tasks[500:]
+
+    def used_actions(self) -> np.ndarray:
+        """[num_envs, action_dim] bool, False where an action only pads a robot that has fewer."""
+        return np.ones((self.num_envs, self.action_dim), bool)
 
     # -- Gymnasium --------------------------------------------------------------------------------------------------
 
@@ -186,6 +200,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def apply_tasks(self, ids: np.ndarray) -> None:
         pass
 
+    def cluster_cycle(self, split: str) -> list[int]:
+        return list(range(self.num_clusters))
+
 
 class MujocoVectorEnv(TaskVectorEnv):
     """A `TaskVectorEnv` whose copies are simulations of one MuJoCo model, stepped by C++ threads.
@@ -200,8 +217,10 @@ class MujocoVectorEnv(TaskVectorEnv):
     timestep: float | None = None
     contact_forces: bool = False
 
-    def __init__(self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None):
-        super().__init__(num_envs, num_threads, render_mode)
+    def __init__(
+        self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None, horizon: int | None = None
+    ):
+        super().__init__(num_envs, num_threads, render_mode, horizon)
         self.model = self.build_model()
         if not np.isclose(self.model.opt.timestep * self.frame_skip, self.dt):
             raise ValueError(f"dt is {self.dt}, but the model steps {self.model.opt.timestep * self.frame_skip}")
@@ -219,7 +238,9 @@ class MujocoVectorEnv(TaskVectorEnv):
             spec.add_sensor(
                 type=mujoco.mjtSensor.mjSENS_FORCE, objtype=mujoco.mjtObj.mjOBJ_SITE, objname="contact", name="contact"
             )
-        return spec.compile()
+        with warnings.catch_warnings():  # half_cheetah.xml has an attribute that MuJoCo is about to drop
+            warnings.filterwarnings("ignore", "compiler attribute 'settotalmass'", UserWarning)
+            return spec.compile()
 
     def start_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """qpos [nq] and qvel [nv] at the start of an episode."""

@@ -14,9 +14,9 @@ class PointGoal4C(TaskVectorEnv):
 
     obs_dim, action_dim, task_dim, num_clusters, dt = 2, 2, 2, 4, 0.1
 
-    def __init__(self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None):
-        super().__init__(num_envs, num_threads, render_mode)
-        self.position = np.zeros((num_envs, 2))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.position = np.zeros((self.num_envs, 2))
 
     def draw(self, cluster, rng):
         return 2 * circle(rng.normal(CENTRES[cluster], 0.05))

@@ -7,12 +7,12 @@ are applied to the compiled model as they are; constants derived from it (invers
 
 import numpy as np
 
-from envs.base import MujocoVectorEnv
+from envs.runner import Runner
 
 PARAMETER_SETS = ("body_mass", "dof_damping", "body_inertia", "geom_friction")  # cluster 0, 1, 2, 3
 
 
-class RandParams4C(MujocoVectorEnv):
+class RandParams4C(Runner):
     """What hopper and walker share: 16 ms steps, start noise, multipliers, a reward for moving forward."""
 
     timestep, frame_skip, dt = 0.004, 4, 0.016
@@ -24,7 +24,6 @@ class RandParams4C(MujocoVectorEnv):
         super().__init__(*args, **kwargs)
         self.fields = [self.batch.expand(name) for name in PARAMETER_SETS]  # each [num_envs, ...]
         self.nominal = np.concatenate([getattr(self.model, name).ravel() for name in PARAMETER_SETS])
-        self.before = np.zeros(self.num_envs)
 
     def draw(self, cluster, rng):
         draws = rng.normal(*self.multiplier, (len(cluster), self.task_dim))
@@ -48,16 +47,11 @@ class RandParams4C(MujocoVectorEnv):
     def start_state(self, rng):
         return self.model.qpos0, rng.uniform(-0.005, 0.005, self.model.nv)
 
-    def advance(self, ids, action):
-        self.before = self.qpos[:, 0].copy()
-        super().advance(ids, action)
-
     def observation(self):
         return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=1)
 
     def reward(self, action):
-        forward = (self.qpos[:, 0] - self.before) / self.dt
-        return forward + self.alive_bonus - 0.001 * np.square(action).sum(1)
+        return self.velocity() + self.alive_bonus - 0.001 * np.square(action).sum(1)
 
 
 class HopperParams4C(RandParams4C):

@@ -23,9 +23,18 @@ SIZES = {  # id: observation, action, dt
     "hopper-params-4c": (11, 3, 0.016),
     "walker-params-4c": (17, 6, 0.016),
     "point-goal-4c": (2, 2, 0.1),
+    "cheetah-dir": (17, 6, 0.05),
+    "cheetah-vel": (20, 6, 0.05),
+    "cheetah-vel-noise": (20, 6, 0.05),
+    "ant-dir": (111, 8, 0.05),
+    "walker-dir": (17, 6, 0.008),
+    "ant-cheetah-dir": (111, 8, 0.05),
+    "ml2": (17, 6, 0.05),
 }
 IDS = list(SIZES)
 RAND_PARAMS = ["hopper-params-4c", "walker-params-4c"]
+DIRECTIONS = ["cheetah-dir", "ant-dir", "walker-dir"]
+MIXED = {"ant-cheetah-dir": ("ant-dir", "cheetah-dir"), "ml2": ("cheetah-dir", "walker-dir")}
 MUJOCO_IDS = [i for i in IDS if i != "point-goal-4c"]
 
 
@@ -203,11 +212,17 @@ def test_task_sets_are_fixed_balanced_and_disjoint(env_id):
     a, b = make(env_id), make(env_id)
     b.reset(seed=123)
     train, test = a.task_set("train"), a.task_set("test")
-    assert (len(train), len(test)) == (500, 32)
+    assert (len(train), len(test)) == (500, a.num_test_tasks)
+    assert a.num_test_tasks == (32 if IDS.index(env_id) < IDS.index("cheetah-dir") else 40)
     np.testing.assert_array_equal(train.params, b.task_set("train").params)
     np.testing.assert_array_equal(test.params, b.task_set("test").params)
-    assert len(np.unique(np.concatenate([train.params, test.params]), axis=0)) == 532
-    for tasks, size in ((train, 500), (test, 32)):
+    if "-dir" not in env_id or env_id.startswith("humanoid"):  # there are not enough directions to keep some for tests
+        if env_id != "ml2":
+            assert len(np.unique(np.concatenate([train.params, test.params]), axis=0)) == 500 + len(test)
+    if env_id == "cheetah-vel-noise":
+        assert np.bincount(train.cluster).tolist() == [400, 100] and (test.cluster == 0).all()
+        return
+    for tasks, size in ((train, 500), (test, a.num_test_tasks)):
         assert np.bincount(tasks.cluster).tolist() == [size // a.num_clusters] * a.num_clusters
 
 
@@ -241,6 +256,66 @@ def test_nmi_ceiling():
     score = {i: normalized_mutual_info_score(t.cluster, make(i).nearest_cluster(t.params)) for i, t in ceiling.items()}
     assert abs(score["ant-goal-4c"] - 0.65) < 0.01
     assert score["point-goal-4c"] == score["hopper-params-4c"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("env_id", DIRECTIONS)
+def test_two_directions(env_id):
+    env = make(env_id)
+    tasks = env.sample_tasks(9, np.random.default_rng(0))
+    np.testing.assert_array_equal(tasks.params[:, 0], 1 - 2 * tasks.cluster)
+    assert abs(tasks.params.sum()) == 1
+    np.testing.assert_array_equal(env.nearest_cluster(tasks.params), tasks.cluster)
+
+
+@pytest.mark.parametrize("env_id", ["cheetah-vel", "cheetah-vel-noise"])
+def test_velocities(env_id):
+    env = make(env_id)
+    tasks = env.sample_tasks(5000, np.random.default_rng(0))
+    useful, noise = (tasks.params[tasks.cluster == c, 0] for c in (0, 1))
+    assert len(noise) == (1000 if env_id == "cheetah-vel-noise" else 0)
+    for draws, low, high in ((useful, 0, 2), (noise, 3, 4)):
+        if len(draws):
+            np.testing.assert_allclose(np.quantile(draws, (0, 0.5, 1)), (low, (low + high) / 2, high), atol=0.05)
+    np.testing.assert_array_equal(env.nearest_cluster(tasks.params), tasks.cluster)
+    assert env.task_set("test").params.max() < 2
+
+
+@pytest.mark.parametrize("env_id", MIXED)
+def test_mixed_tasks(env_id):
+    tasks = make(env_id).sample_tasks(4000, np.random.default_rng(0))
+    np.testing.assert_array_equal(tasks.params[:, 0], tasks.cluster)
+    for robot in (0, 1):
+        directions = tasks.params[tasks.cluster == robot, 1]
+        assert len(directions) == 2000 and set(directions) == {-1, 1} and abs(directions.mean()) < 0.06
+
+
+@pytest.mark.parametrize("env_id", MIXED)
+def test_mixed_rows_equal_the_robots_alone(env_id):
+    """Any mix of tasks, padding with zeros at the end, a robot's own share of the actions; falls freeze a row."""
+    n = 8
+    env, parts = make(env_id, n), [make(part, n) for part in MIXED[env_id]]
+    robot, direction = np.array([0, 1, 1, 0, 1, 0, 0, 1]), np.array([1, 1, -1, -1, 1, 1, -1, -1])
+    params = np.stack([robot, direction], 1).astype(float)
+    obs, _ = env.reset(seed=3, options={"tasks": envs.Tasks(params, robot)})
+    expected = [p.reset(seed=3, options={"tasks": envs.Tasks(params[:, 1:], robot)})[0] for p in parts]
+    for action in [None, *actions(env, 70)]:
+        if action is not None:
+            obs, reward, terminated, truncated, _ = env.step(action)
+            steps = [part.step(action[:, : part.action_dim]) for part in parts]
+            expected = [step[0] for step in steps]
+        for i, r in enumerate(robot):
+            np.testing.assert_array_equal(obs[i, : parts[r].obs_dim], expected[r][i])
+            assert (obs[i, parts[r].obs_dim :] == 0).all()
+            if action is not None:
+                assert (reward[i], terminated[i], truncated[i]) == tuple(x[i] for x in steps[r][1:4])
+    assert terminated[robot == 1].any() == (env_id == "ml2")
+    assert env.used_actions().sum(1).tolist() == [parts[r].action_dim for r in robot]
+    assert (np.diff(env.used_actions().astype(int)) <= 0).all(), "the first of the actions"
+    assert all(part.used_actions().all() for part in parts)
+    mask = np.arange(n) < 3
+    again, _ = env.reset(options={"mask": mask})
+    np.testing.assert_array_equal(again[~mask], obs[~mask])
+    assert (again[mask] != obs[mask]).any(1).all()
 
 
 @pytest.mark.parametrize("env_id, mu, sigma", [("hopper-params-4c", 3, 1.5), ("walker-params-4c", 6, 1)])
@@ -306,6 +381,68 @@ def test_ant_against_plain_mujoco(env_id):
     assert touched > 10, "the feet touch the ground, so the contact forces must not stay zero"
 
 
+@pytest.mark.parametrize("copy", range(2))
+def test_ant_dir_against_plain_mujoco(copy):
+    env, touched = make("ant-dir"), 0
+    direction = env.tasks.params[copy, 0]
+    for _, data, (qpos, _), action, obs, reward in replay(env, copy):
+        contact = np.clip(data.cfrc_ext, -1, 1).ravel()
+        np.testing.assert_array_equal(obs, np.concatenate([data.qpos[2:], data.qvel, contact]).astype(np.float32))
+        velocity = (data.qpos[0] - qpos[0]) / 0.05
+        expected = direction * velocity + 1 - 0.5 * (action**2).sum() - 0.0005 * (contact**2).sum()
+        assert reward == pytest.approx(expected, abs=1e-10)
+        touched += (contact != 0).any()
+        assert env.fell[copy] == (not 0 <= data.qpos[2] <= 1)
+        if env.fell[copy]:
+            break
+    assert touched > 10
+
+
+@pytest.mark.parametrize("env_id", ["cheetah-dir", "cheetah-vel", "cheetah-vel-noise"])
+@pytest.mark.parametrize("copy", range(2))
+def test_cheetah_against_plain_mujoco(env_id, copy):
+    env = make(env_id)
+    task = env.tasks.params[copy, 0]
+    for model, data, (qpos, _), action, obs, reward in replay(env, copy):
+        velocity = (data.qpos[0] - qpos[0]) / 0.05
+        state = [data.qpos[1:], data.qvel]
+        if env_id != "cheetah-dir":
+            mujoco.mj_kinematics(model, data)
+            state.append(data.body("torso").xpos)
+        np.testing.assert_allclose(obs, np.concatenate(state).astype(np.float32), atol=1e-6)
+        moving = task * velocity if env_id == "cheetah-dir" else -abs(velocity - task)
+        assert reward == pytest.approx(moving - 0.05 * (action**2).sum(), abs=1e-10)
+
+
+@pytest.mark.parametrize("copy", range(2))
+def test_walker_dir_against_plain_mujoco(copy):
+    env, falls = make("walker-dir"), []
+    direction = env.tasks.params[copy, 0]
+    for _, data, (qpos, _), action, obs, reward in replay(env, copy, steps=100):
+        height, pitch = data.qpos[1:3]
+        expected = np.concatenate([data.qpos[1:], np.clip(data.qvel, -10, 10)])
+        np.testing.assert_array_equal(obs, expected.astype(np.float32))
+        velocity = (data.qpos[0] - qpos[0]) / 0.008
+        assert reward == pytest.approx(direction * velocity + 1 - 0.001 * (action**2).sum(), abs=1e-10)
+        falls.append(not (0.8 < height < 2.0 and abs(pitch) < 1))
+        assert env.fell[copy] == falls[-1]
+        if falls[-1]:
+            break
+    assert falls[-1], "a walker that flails falls"
+
+
+def test_ant_dir_ends_off_the_heights_from_0_to_1():
+    env = make("ant-dir", 5)
+    env.qpos[:, 2] = [0.5, 1.01, -0.01, 0.99, 0.01]
+    assert env.terminated().tolist() == [False, True, True, False, False]
+    env.reset()
+    env.qpos[1, 2] = 1.5
+    obs, _, terminated, *_ = env.step(np.zeros((5, 8)))
+    assert terminated.tolist() == [False, True, False, False, False]
+    after, reward, *_ = env.step(np.zeros((5, 8)))
+    assert ((after == obs).all(1) == terminated).all() and ((reward == 0) == terminated).all()
+
+
 @pytest.mark.parametrize("env_id", ["humanoid-dir-4c", "humanoid-dir-sparse-4c"])
 def test_humanoid_against_plain_mujoco(env_id):
     env, paid = make(env_id), 0
@@ -349,6 +486,9 @@ GYM = {  # id: (Gymnasium's id, its arguments, what of its observation agrees wi
     "humanoid-dir-4c": ("Humanoid-v5", {}, slice(0, 45)),
     "hopper-params-4c": ("Hopper-v5", {}, slice(0, 11)),
     "walker-params-4c": ("Walker2d-v5", {"xml_file": "walker2d.xml"}, slice(0, 17)),
+    "walker-dir": ("Walker2d-v5", {"xml_file": "walker2d.xml"}, slice(0, 17)),
+    "cheetah-dir": ("HalfCheetah-v5", {}, slice(0, 17)),
+    "ant-dir": ("Ant-v5", {}, slice(0, 27)),
 }
 
 
@@ -360,7 +500,9 @@ def test_against_gymnasium(env_id):
     if env_id in RAND_PARAMS:
         plain = envs.Tasks(np.ones((1, env.task_dim)), np.zeros(1, int))
         env.reset(options={"tasks": plain})
-    theirs = gym.make(name, frame_skip=env.frame_skip, terminate_when_unhealthy=False, **kwargs).unwrapped
+    if "Cheetah" not in name:
+        kwargs = kwargs | {"terminate_when_unhealthy": False}
+    theirs = gym.make(name, frame_skip=env.frame_skip, **kwargs).unwrapped
     theirs.reset(seed=0)
     theirs.model.opt.timestep = env.model.opt.timestep
     theirs.set_state(env.qpos[0], env.qvel[0])
@@ -391,3 +533,25 @@ def test_standing_still(env_id, low, high):
     env.reset(seed=0, options={"tasks": env.task_set("test")})
     still = np.zeros(env.action_space.shape)
     assert low < sum(env.step(still)[1].mean() for _ in range(100)) < high
+
+
+@pytest.mark.parametrize(
+    "env_id, mean, sd", [("cheetah-dir", -0.45, 1.2), ("ant-dir", 94.6, 4.7), ("walker-dir", 43.6, 20)]
+)
+def test_untrained_policy(env_id, mean, sd):
+    """A zero-mean policy of standard deviation 1 on an action scale of 10, over 20 episodes elsewhere."""
+    env = make(env_id, 200)
+    total = sum(env.step(np.clip(action / 10, -1, 1))[1] for action in actions(env, 100))
+    assert abs(total.mean() - mean) < 4 * sd / np.sqrt(20)
+    assert 0.5 < total.std() / sd < 2
+
+
+def test_horizon_can_be_set():
+    env = gym.make_vec("cheetah-dir", num_envs=2, horizon=7)
+    env.reset(seed=0)
+    for t in range(7):
+        *_, truncated, _ = env.step(np.zeros((2, 6)))
+        assert truncated.all() == (t == 6)
+    assert gym.make_vec("ml2", horizon=7).unwrapped.horizon == 7
+    with pytest.raises(ValueError, match="horizon must be at least 1"):
+        gym.make_vec("point-goal-4c", horizon=0)

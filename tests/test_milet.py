@@ -1,6 +1,5 @@
 """MILET's mathematics: closed forms, slow second implementations, identities of the paper."""
 
-
 import gymnasium as gym
 import milet
 import pytest

@@ -1,0 +1,31 @@
+"""The walker that must run in a direction (ProMP, Taming the Herd)."""
+
+import numpy as np
+
+from envs.runner import DirectionRunner
+
+
+class WalkerDir(DirectionRunner):
+    """`walker-dir`: forward or backward.
+
+    Observation [17]: qpos[1:] (8), qvel clipped to [-10, 10] (9).
+    Reward: d dx/dt + 1 - 0.001 |a|^2.
+    Episode: 100 steps of 0.008 s; it ends when the height leaves (0.8, 2) or the pitch (-1, 1).
+    """
+
+    xml, frame_skip, dt = "walker2d.xml", 4, 0.008
+    obs_dim, action_dim = 17, 6
+
+    def start_state(self, rng):
+        noise = rng.uniform(-0.005, 0.005, self.model.nq)
+        return self.model.qpos0 + noise, rng.uniform(-0.005, 0.005, self.model.nv)
+
+    def observation(self):
+        return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=1)
+
+    def reward(self, action):
+        return self.directed_velocity() + 1 - 0.001 * np.square(action).sum(1)
+
+    def terminated(self):
+        height, pitch = self.qpos[:, 1], self.qpos[:, 2]
+        return (height <= 0.8) | (height >= 2) | (np.abs(pitch) >= 1)
