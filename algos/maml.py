@@ -653,11 +653,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
     if folder and changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
-    if args.oracle and env_class(args.env).num_clusters == 1:
+    clusters = env_class(args.env).num_clusters
+    if args.oracle and clusters == 1:
         fail(f"--oracle needs clusters, and {args.env} has none")
     for name, value in asdict(args).items():
         least = int(name not in ("seed", "num_threads", "inner_steps", "eval_steps"))
-        if type(value) is int and value < least:
+        if any(type(v) is int and v < least for v in (value if isinstance(value, tuple) else [value])):
             fail(f"--{name.replace('_', '-')} must be at least {least}")
     for name in ("alpha", "action_scale", "delta"):
         if not getattr(args, name) > 0:

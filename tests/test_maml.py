@@ -1,0 +1,520 @@
+"""MAML-TRPO's mathematics: closed forms, finite differences, slow second implementations, identities."""
+
+import dataclasses
+import math
+from itertools import product
+
+import gymnasium as gym
+import maml
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import envs
+
+FORMS = ["log-likelihood", "likelihood-ratio", "dice"]
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """Everything here in float64, where finite differences are sharp."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small_args(**kwargs) -> maml.Args:
+    return maml.Args(**(dict(hidden=(5,), rollouts=3, horizon=4, damping=0.0, num_threads=1) | kwargs))
+
+
+def make_policy(args: maml.Args, obs_dim=3, action_dim=2) -> tuple[maml.GaussianPolicy, torch.Tensor]:
+    policy = maml.GaussianPolicy(obs_dim, action_dim, args)
+    theta = policy.init(torch.Generator().manual_seed(1)).double()
+    return policy, theta + 0.1 * torch.randn_like(theta)
+
+
+def make_batch(policy: maml.GaussianPolicy, theta: torch.Tensor, args: maml.Args, used=None) -> maml.Batch:
+    """What theta [task, d] might have sampled, with falls."""
+    m, k, h = len(theta), args.rollouts, args.horizon
+    obs = torch.randn(m, k * h, policy.shapes[0][0])
+    with torch.no_grad():
+        mean, log_std = policy(theta, obs)
+    action = mean + log_std.exp() * torch.randn_like(mean)
+    alive = (torch.rand(m, k, h) > 0.2).double().cumprod(-1)
+    alive[:, 0, 0] = 1
+    reward = torch.randn(m, k, h) * alive
+    used = torch.ones_like(log_std) if used is None else used
+    weight = alive / alive.sum((1, 2), keepdim=True)
+    return maml.process(maml.Batch(obs, action, mean, log_std, used, reward, weight), args)
+
+
+def make_data(policy, theta, args, tasks=6) -> list[maml.Batch]:
+    """D_0 .. D_n of some tasks."""
+    theta_k, data = theta.expand(tasks, -1), []
+    for k in range(args.inner_steps + 1):
+        if k > 0:
+            theta_k = maml.adapt(policy, theta_k, data[-1], args.alpha, args.inner_loss)
+        data.append(make_batch(policy, theta_k, args))
+    return data
+
+
+def plain_adapt(policy, theta, data, args) -> torch.Tensor:
+    """θ'_i of all tasks by differentiating through every step, [task, d]."""
+    theta_k = theta.expand(len(data[0].obs), -1)
+    for batch in data[:-1]:
+        loss = maml.inner_loss(policy, theta_k, batch, args.inner_loss).sum()
+        theta_k = theta_k - args.alpha * torch.autograd.grad(loss, theta_k, create_graph=True)[0]
+    return theta_k
+
+
+# -- policy ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_policy_against_modules_with_parameters_of_its_own_in_every_task(activation):
+    args = small_args(hidden=(5, 4), activation=activation)
+    policy, _ = make_policy(args)
+    theta, obs = torch.randn(3, sum(policy.sizes)), torch.randn(3, 7, 3)
+    mean, log_std = policy(theta, obs)
+    assert mean.shape == (3, 7, 2) and log_std.shape == (3, 1, 2)
+    for i in range(3):
+        act = {"tanh": nn.Tanh, "relu": nn.ReLU}[activation]
+        net = nn.Sequential(nn.Linear(3, 5), act(), nn.Linear(5, 4), act(), nn.Linear(4, 2))
+        parts = [p.unflatten(0, s) for p, s in zip(theta[i].split(policy.sizes), policy.shapes)]
+        for layer, w, b in zip(net[::2], parts[:-1:2], parts[1:-1:2]):
+            layer.weight.data, layer.bias.data = w.T, b[0]
+        torch.testing.assert_close(mean[i], net(obs[i]))
+        torch.testing.assert_close(log_std[i], parts[-1])
+
+
+@pytest.mark.parametrize("obs_dim", [1, 17])
+def test_initial_parameters(obs_dim):
+    policy = maml.GaussianPolicy(obs_dim, 6, maml.Args())
+    parts = policy.init(torch.Generator().manual_seed(0)).split(policy.sizes)
+    if obs_dim == 17:
+        assert sum(policy.sizes) == 5708
+    for weight, shape in zip(parts[:-1:2], policy.shapes[::2]):
+        bound = math.sqrt(6 / sum(shape))
+        assert 0.8 * bound < weight.abs().max() <= bound
+    assert all((bias == 0).all() for bias in parts[1::2]) and (parts[-1] == 0).all()
+
+
+def test_std_has_a_floor():
+    policy, theta = make_policy(small_args())
+    theta[-2:] = -50
+    _, log_std = policy(theta[None], torch.randn(1, 4, 3))
+    torch.testing.assert_close(log_std.exp(), torch.full((1, 1, 2), 1e-6))
+
+
+def test_log_prob_and_kl_are_those_of_the_gaussian():
+    args = small_args()
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta.expand(2, -1), args)
+    mean, log_std = policy(theta.expand(2, -1) + 0.1, batch.obs)
+    old, new = Normal(batch.mean, batch.log_std.exp()), Normal(mean, log_std.exp())
+    constant = math.log(2 * math.pi)  # of two actions
+    expected = new.log_prob(batch.action).sum(-1) + constant
+    torch.testing.assert_close(maml.log_prob(mean, log_std, batch).flatten(1), expected)
+    surrogate, kl = maml.surrogate_and_kl(mean, log_std, batch)
+    weight = batch.weight.flatten(1)
+    torch.testing.assert_close(kl, (weight * kl_divergence(old, new).sum(-1)).sum(1))
+    ratio = (new.log_prob(batch.action) - old.log_prob(batch.action)).sum(-1).exp()
+    torch.testing.assert_close(surrogate, -(weight * ratio * batch.advantage.flatten(1)).sum(1))
+
+
+# -- sample processing -------------------------------------------------------------------------------------------------
+
+
+def test_returns_and_gae_against_the_definition():
+    reward, value, gamma, lam = torch.randn(2, 3, 6), torch.randn(2, 3, 6), 0.9, 0.7
+    returns, advantage = maml.discounted_returns(reward, gamma), maml.gae(reward, value, gamma, lam)
+    for i, k in product(range(2), range(3)):
+        for t in range(6):
+            future = range(t, 6)
+            assert returns[i, k, t] == pytest.approx(sum(gamma ** (s - t) * reward[i, k, s].item() for s in future))
+            v = [*value[i, k].tolist(), 0.0]
+            delta = [reward[i, k, s].item() + gamma * v[s + 1] - v[s] for s in range(6)]
+            expected = sum((gamma * lam) ** (s - t) * delta[s] for s in future)
+            assert advantage[i, k, t] == pytest.approx(expected)
+    torch.testing.assert_close(maml.gae(reward, value, gamma, 1.0), returns - value)
+
+
+def test_baseline_against_least_squares_on_the_steps_taken():
+    m, k, h = 2, 4, 6
+    obs, returns = 8 * torch.randn(m, k * h, 3), torch.randn(m, k, h)
+    alive = (torch.rand(m, k, h) > 0.15).cumprod(-1).bool()
+    fit = maml.linear_baseline(obs, returns, alive)
+    for i in range(m):
+        rows, goals = [], []
+        for j, t in product(range(k), range(h)):
+            s = np.clip(obs[i, j * h + t].numpy(), -10, 10)
+            rows.append([*s, *s**2, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1])
+            goals.append(returns[i, j, t].item())
+        rows, goals, taken = np.array(rows), np.array(goals), alive[i].flatten().numpy()
+        x, y = rows[taken], goals[taken]
+        w = np.linalg.solve(x.T @ x + 1e-5 * np.eye(10), x.T @ y)
+        np.testing.assert_allclose(fit[i].flatten().numpy(), np.where(taken, rows @ w, 0), atol=1e-5)
+
+
+def test_advantages_are_normalised_in_every_task_over_the_steps_taken():
+    args = small_args(rollouts=6, horizon=9)
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta.expand(4, -1), args)
+    taken = batch.weight > 0
+    assert not taken.all()
+    for i in range(4):
+        a = batch.advantage[i][taken[i]]
+        assert abs(a.mean()) < 1e-6 and a.std(correction=0) == pytest.approx(1, abs=1e-5)
+        assert (batch.advantage[i][~taken[i]] == 0).all()
+        assert batch.weight[i].sum() == pytest.approx(1)
+
+
+# -- inner loss and adaptation -----------------------------------------------------------------------------------------
+
+
+def test_inner_losses_have_one_gradient_where_the_data_was_sampled_and_different_hessians():
+    args = small_args()
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta.expand(2, -1), args)
+    found = [maml.inner_gradient(policy, theta.expand(2, -1), batch, kind) for kind in FORMS]
+    v = torch.randn_like(theta)
+    for gradient, _ in found[1:]:
+        torch.testing.assert_close(gradient, found[0][0])
+    products = [hessian(v) for _, hessian in found]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (products[a] - products[b]).norm() > 1e-3 * products[a].norm()
+
+
+def test_log_likelihood_loss_is_the_policy_gradient():
+    args = small_args()
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta[None], args)
+    pi = Normal(*(x if i == 0 else x.exp() for i, x in enumerate(policy(theta[None], batch.obs))))
+    taken = (batch.weight > 0).flatten()
+    expected = -(pi.log_prob(batch.action).sum(-1)[0] * batch.advantage.flatten())[taken].mean()
+    constant = math.log(2 * math.pi) * batch.advantage.flatten()[taken].mean()
+    torch.testing.assert_close(maml.inner_loss(policy, theta[None], batch, "log-likelihood")[0], expected - constant)
+
+
+def test_dice_by_the_magic_box():
+    """Foerster et al. (2018): the box of all actions so far times the cost; here the costs are telescoped advantages."""
+    args = small_args()
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta[None], args)
+
+    def magic(parameters):
+        log_pi = maml.log_prob(*policy(parameters[None], batch.obs), batch)[0]
+        taken = batch.weight[0] > 0
+        total = 0.0
+        for k in range(args.rollouts):
+            for t in range(args.horizon):
+                if taken[k, t]:
+                    end = t + 1 == args.horizon or not taken[k, t + 1]
+                    cost = batch.advantage[0, k, t] - (0.0 if end else batch.advantage[0, k, t + 1])
+                    upto = log_pi[k, : t + 1].sum()
+                    total = total - (upto - upto.detach()).exp() * cost
+        return total / taken.sum()
+
+    ours = lambda parameters: maml.inner_loss(policy, parameters[None], batch, "dice")[0]  # noqa: E731
+    for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+        torch.testing.assert_close(derivative(ours, theta), derivative(magic, theta))
+
+
+def test_adaptation_is_a_gradient_step_of_all_parameters_on_the_tasks_own_data():
+    args = small_args()
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta.expand(3, -1), args)
+    adapted = maml.adapt(policy, theta.expand(3, -1), batch, 0.1, "log-likelihood")
+    for i in range(3):
+        alone = batch.of(slice(i, i + 1))
+        loss = lambda p: maml.inner_loss(policy, p[None], alone, "log-likelihood")[0]  # noqa: E731, B023
+        torch.testing.assert_close(adapted[i], theta - 0.1 * torch.func.grad(loss)(theta))
+    assert (adapted[:, -2:] != theta[-2:]).all(), "log σ adapts too"
+
+
+# -- outer step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, steps", list(product(FORMS, (0, 1, 2))))
+def test_meta_gradient_and_hessian_against_finite_differences(kind, steps):
+    args = small_args(inner_loss=kind, inner_steps=steps)
+    policy, theta = make_policy(args)
+    data = make_data(policy, theta, args)
+    surrogate, gradient, hvp = maml.linearise(policy, theta, data, args)
+    objective = lambda p: torch.stack(maml.meta_objective(policy, p, data, args))  # noqa: E731
+    for _ in range(3):
+        v = torch.randn_like(theta)
+        plus, minus = objective(theta + 1e-5 * v), objective(theta - 1e-5 * v)
+        assert gradient @ v == pytest.approx(((plus - minus)[0] / 2e-5).item(), rel=1e-5, abs=1e-7)
+        plus, middle, minus = (objective(theta + e * v)[1] for e in (1e-3, 0, -1e-3))
+        assert v @ hvp(v) == pytest.approx(((plus - 2 * middle + minus) / 1e-6).item(), rel=1e-3)
+    assert surrogate == pytest.approx(objective(theta)[0].item())
+
+
+@pytest.mark.parametrize("kind, steps", list(product(FORMS, (0, 1, 2))))
+def test_meta_gradient_and_hessian_against_the_plain_version(kind, steps):
+    """Back-propagation through adaptation, twice for the KL; and JᵀFJ with dense matrices."""
+    args = small_args(inner_loss=kind, inner_steps=steps)
+    policy, theta = make_policy(args)
+    data = make_data(policy, theta, args)
+    _, gradient, hvp = maml.linearise(policy, theta, data, args)
+
+    leaf = theta.clone().requires_grad_()
+    surrogate, kl = maml.surrogate_and_kl(*policy(plain_adapt(policy, leaf, data, args), data[-1].obs), data[-1])
+    torch.testing.assert_close(gradient, torch.autograd.grad(surrogate.mean(), leaf, retain_graph=True)[0])
+    v = torch.randn_like(theta)
+    (slope,) = torch.autograd.grad(kl.mean(), leaf, create_graph=True)
+    torch.testing.assert_close(hvp(v), torch.autograd.grad(slope @ v, leaf)[0])
+
+    jacobian = torch.autograd.functional.jacobian(lambda p: plain_adapt(policy, p, data, args), leaf)  # [task, d, d]
+    adapted = plain_adapt(policy, leaf, data, args).detach()
+    total = 0
+    for i, J in enumerate(jacobian):
+        alone = data[-1].of(slice(i, i + 1))
+        mean_of = lambda p: policy(p[None], alone.obs)[0][0]  # noqa: E731, B023
+        G, weight = torch.autograd.functional.jacobian(mean_of, adapted[i]), alone.weight.flatten()
+        F = torch.einsum("nad,nae,n,a->de", G, G, weight, (-2 * alone.log_std[0, 0]).exp())
+        F[-2:, -2:] += 2 * torch.eye(2)
+        total = total + J.T @ F @ J @ v
+    torch.testing.assert_close(hvp(v), total / len(jacobian))
+
+
+def test_float32_is_enough_and_chunks_do_not_matter(monkeypatch):
+    args = small_args(inner_steps=2)
+    policy, theta = make_policy(args)
+    data, v = make_data(policy, theta, args, tasks=5), torch.randn_like(theta)
+    exact = [part(v) if callable(part) else part for part in maml.linearise(policy, theta, data, args)]
+    for chunk in (1, 2, 7):
+        monkeypatch.setattr(maml, "CHUNK", chunk)
+        again = [part(v) if callable(part) else part for part in maml.linearise(policy, theta, data, args)]
+        for a, b in zip(again, exact):
+            torch.testing.assert_close(a, b)
+    single = [maml.Batch(*(x.float() for x in batch)) for batch in data]
+    rough = [p(v.float()) if callable(p) else p for p in maml.linearise(policy, theta.float(), single, args)]
+    for a, b in zip(rough, exact):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
+def test_without_inner_steps_it_is_plain_trpo():
+    """The gradient is the policy gradient over all tasks, the Hessian the mean Fisher matrix."""
+    args = small_args(inner_steps=0)
+    policy, theta = make_policy(args)
+    (batch,) = data = make_data(policy, theta, args)
+    _, gradient, hvp = maml.linearise(policy, theta, data, args)
+    leaf = theta.clone().requires_grad_()
+    log_pi = maml.log_prob(*policy(leaf.expand(6, -1), batch.obs), batch)
+    loss = -(batch.weight * batch.advantage * log_pi).sum() / 6
+    torch.testing.assert_close(gradient, torch.autograd.grad(loss, leaf)[0])
+    v, kl = torch.randn_like(theta), lambda p: maml.meta_objective(policy, p, data, args)[1]
+    assert v @ hvp(v) == pytest.approx((kl(theta + 1e-3 * v) + kl(theta - 1e-3 * v)).item() / 1e-6, rel=1e-3)
+
+
+def test_damping_is_added():
+    args = small_args()
+    policy, theta = make_policy(args)
+    data, v = make_data(policy, theta, args), torch.randn_like(theta)
+    plain = maml.linearise(policy, theta, data, args)[2](v)
+    damped = maml.linearise(policy, theta, data, dataclasses.replace(args, damping=0.3))[2](v)
+    torch.testing.assert_close(damped, plain + 0.3 * v)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_at_the_start_the_kl_and_the_surrogate_are_0(steps):
+    args = small_args(inner_steps=steps)
+    policy, theta = make_policy(args)
+    surrogate, kl = maml.meta_objective(policy, theta, make_data(policy, theta, args), args)
+    assert abs(surrogate) < 1e-6 and abs(kl) < 1e-6
+
+
+def test_conjugate_gradient_against_solve():
+    a = torch.randn(12, 12)
+    a, b = a @ a.T + torch.eye(12), torch.randn(12)
+    x, curvature = maml.conjugate_gradient(lambda v: a @ v, b, 50)
+    torch.testing.assert_close(x, torch.linalg.solve(a, b), atol=1e-4, rtol=1e-4)
+    for iterations in (1, 3, 50):
+        x, curvature = maml.conjugate_gradient(lambda v: a @ v, b, iterations)
+        torch.testing.assert_close(curvature, x @ a @ x)
+
+
+@pytest.mark.parametrize("steps, delta", list(product((0, 1, 2), (1e-3, 1e-2, 1.0))))
+def test_accepted_steps_lower_the_surrogate_within_the_trust_region(steps, delta):
+    args = small_args(inner_steps=steps, delta=delta, rollouts=10, horizon=10)
+    policy, theta = make_policy(args)
+    data = make_data(policy, theta, args)
+    new, stats = maml.trpo_step(policy, theta, data, args)
+    surrogate, kl = maml.meta_objective(policy, new, data, args)
+    assert 0 < kl <= delta and surrogate < stats["trpo/surrogate_before"]
+    assert stats["trpo/kl"] == pytest.approx(kl.item()) and stats["trpo/step_ratio"] > 0
+    if stats["trpo/step_ratio"] < 1:  # the candidate before was no good
+        step = (new - theta) / stats["trpo/step_ratio"]
+        worse = maml.meta_objective(policy, theta + stats["trpo/step_ratio"] / 0.8 * step, data, args)
+        assert worse[1] > delta or worse[0] >= stats["trpo/surrogate_before"]
+    else:
+        assert kl > 0.3 * delta, "the quadratic model hits δ"
+
+
+def test_a_step_that_helps_nowhere_is_not_taken(monkeypatch):
+    args = small_args()
+    policy, theta = make_policy(args)
+    data = make_data(policy, theta, args)
+    nan = torch.tensor(float("nan"))
+    for answer in ((torch.tensor(-1.0), torch.tensor(2.0)), (torch.tensor(1.0), torch.tensor(0.0)), (nan, nan)):
+        asked = []
+        monkeypatch.setattr(maml, "meta_objective", lambda *_, answer=answer, asked=asked: asked.append(1) or answer)
+        new, stats = maml.trpo_step(policy, theta, data, args)
+        assert (new == theta).all() and stats["trpo/step_ratio"] == 0 and len(asked) == 15
+
+
+def test_meta_gradient_of_a_bandit_by_hand():
+    """One action from N(m, 1), parameters (m, ln σ): ∇J = (I - α H) ∇J(θ'), with score, H and ∇J(θ') written out."""
+    for kind in ("log-likelihood", "likelihood-ratio"):
+        args = small_args(rollouts=50, horizon=1, hidden=(), inner_loss=kind)
+        policy, theta = maml.GaussianPolicy(1, 1, args), torch.zeros(3)  # weight, bias m, log σ
+        data = []
+        for theta_k in (theta, None):
+            theta_k = maml.adapt(policy, theta[None], data[0], 0.1, kind) if data else theta[None]
+            batch = make_batch(policy, theta_k, args)
+            batch = batch._replace(obs=torch.zeros_like(batch.obs), weight=torch.full((1, 50, 1), 0.02))
+            mean, log_std = policy(theta_k, batch.obs)
+            action = mean + log_std.exp() * torch.randn_like(mean)
+            reward = -((action - 1) ** 2).view(1, 50, 1)
+            batch = batch._replace(mean=mean, log_std=log_std, action=action, reward=reward)
+            data.append(maml.process(batch, args))
+        _, gradient, _ = maml.linearise(policy, theta, data, args)
+        first, second = data
+        a, A = first.action.flatten(), first.advantage.flatten()
+        m, sigma = (0.1 * A * a).mean(), (0.1 * A * (a**2 - 1)).mean().exp()
+        torch.testing.assert_close(second.mean.flatten(), m.expand(50))
+        b, B = (second.action.flatten() - m) / sigma, second.advantage.flatten()
+        slope = torch.stack([-(B * b).mean() / sigma, -(B * (b**2 - 1)).mean()])  # of J in (mean, log σ)
+        H = torch.tensor([[A.mean(), (2 * A * a).mean()], [(2 * A * a).mean(), (2 * A * a**2).mean()]])
+        if kind == "likelihood-ratio":
+            score = torch.stack([a, a**2 - 1])
+            H = H - (A * score) @ score.T / 50
+        torch.testing.assert_close(gradient[1:], (torch.eye(2) - 0.1 * H) @ slope)
+
+
+# -- sampler -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def single():
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("env_id", ["walker-dir", "ml2"])
+def test_samples_are_what_the_environment_said(single, env_id):
+    """Replayed one copy at a time: scaled and clipped actions, the task's own parameters, masks after falls."""
+    args = maml.Args(rollouts=2, horizon=80, num_threads=1, hidden=(4,))
+    env = gym.make_vec(env_id, num_envs=6, horizon=80)
+    tasks = env.unwrapped.sample_tasks(3, np.random.default_rng(0))
+    policy = maml.GaussianPolicy(17, 6, args)
+    theta = torch.stack([policy.init(torch.Generator().manual_seed(i)) for i in range(3)])
+    theta[:, -6:] = 1.5  # some actions leave the box
+    rng = torch.Generator().manual_seed(5)
+    batch = maml.sample(env, tasks, policy, theta, rng, args)
+    seed = maml.random_seed(torch.Generator().manual_seed(5))
+    fell = 0
+    for i, k in product(range(3), range(2)):
+        alone = gym.make_vec(env_id, num_envs=1, horizon=80)
+        obs, _ = alone.reset(seed=seed + 2 * i + k, options={"tasks": tasks[i]})
+        over = False
+        for t in range(80):
+            n = k * 80 + t
+            np.testing.assert_array_equal(batch.obs[i, n], obs[0])
+            mean, log_std = policy(theta[i : i + 1], batch.obs[i : i + 1, n : n + 1])
+            torch.testing.assert_close(batch.mean[i, n], mean[0, 0])
+            torch.testing.assert_close(batch.log_std[i], log_std[0])
+            assert (batch.weight[i, k, t] > 0) == (not over)
+            obs, reward, terminated, *_ = alone.step((batch.action[i, n : n + 1] / 10).clamp(-1, 1).numpy())
+            assert batch.reward[i, k, t] == pytest.approx(reward[0], rel=1e-5)
+            over |= bool(terminated[0])
+        fell += over
+    assert fell > 0
+    noise = ((batch.action - batch.mean) / batch.log_std.exp()).flatten()
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and (batch.action.abs() > 10).any()
+
+
+def test_the_next_phase_keeps_the_tasks_and_draws_new_starts(single):
+    args = maml.Args(rollouts=2, horizon=3, num_threads=1)
+    env = gym.make_vec("cheetah-vel", num_envs=6, horizon=3)
+    tasks = env.unwrapped.sample_tasks(3, np.random.default_rng(0))
+    policy = maml.GaussianPolicy(20, 6, args)
+    theta, rng = policy.init(torch.Generator()).expand(3, -1), torch.Generator().manual_seed(0)
+    first = maml.sample(env, tasks, policy, theta, rng, args)
+    second = maml.sample(env, None, policy, theta, rng, args)
+    np.testing.assert_array_equal(env.unwrapped.tasks.params, np.repeat(tasks.params, 2, 0))
+    assert (first.obs[:, 0] != second.obs[:, 0]).any(-1).all()
+    again = maml.sample(env, tasks, policy, theta, torch.Generator().manual_seed(0), args)
+    assert all(torch.equal(a, b) for a, b in zip(first[:-1], again[:-1]))
+
+
+def test_padding_actions_leave_the_policy_with_the_flag(single):
+    args = maml.Args(rollouts=2, horizon=5, num_threads=1, mask_pad_actions=True)
+    env = gym.make_vec("ant-cheetah-dir", num_envs=8, horizon=5)
+    tasks = env.unwrapped.sample_tasks(4, np.random.default_rng(0))
+    policy = maml.GaussianPolicy(111, 8, args)
+    theta, rng = policy.init(torch.Generator()).expand(4, -1), torch.Generator().manual_seed(0)
+    for masked in (True, False):
+        args = dataclasses.replace(args, mask_pad_actions=masked)
+        batch = maml.process(maml.sample(env, tasks, policy, theta, rng, args), args)
+        assert [int(n) for n in batch.used.sum((1, 2))] == [8 if c == 0 or not masked else 6 for c in tasks.cluster]
+        gradient, hessian = maml.inner_gradient(policy, theta, batch, "dice")
+        _, outer, fisher = maml.outer_gradient(policy, theta, batch)
+        v = torch.randn(theta.shape[1])
+        for out in (gradient, outer, hessian(v), fisher(v)):
+            log_std_of_padding = out[torch.from_numpy(tasks.cluster == 1), -2:]
+            assert (log_std_of_padding == 0).all() == masked
+
+
+# -- evaluation and command line ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(single, monkeypatch):
+    args = maml.Args(rollouts=2, horizon=4, num_threads=1, oracle=True, eval_steps=3, inner_steps=2)
+    env = gym.make_vec("cheetah-dir", num_envs=8, horizon=4)
+    tasks = envs.Tasks(np.array([[1.0], [-1], [-1], [1]]), np.array([0, 1, 1, 0]))
+    policy = maml.GaussianPolicy(17, 6, args)
+    theta = torch.stack([policy.init(torch.Generator().manual_seed(i)) for i in range(2)])
+    sampled, rates, sample, adapt = [], [], maml.sample, maml.adapt
+    monkeypatch.setattr(maml, "sample", lambda *a: sampled.append(a[3]) or sample(*a))
+    monkeypatch.setattr(maml, "adapt", lambda *a: rates.append(a[3]) or adapt(*a))
+    metrics, traces = maml.evaluate(env, tasks, policy, theta, args)
+    assert torch.equal(sampled[0], theta[[0, 1, 1, 0]]) and rates[:3] == [0.1, 0.1, 0.05]
+    assert traces["returns"].shape == (4, 4, 2)
+    for k in range(4):
+        mean = traces["returns"][k].mean(1)
+        assert metrics[f"eval/return_step_{k}"] == pytest.approx(mean.mean())
+        assert metrics[f"eval/return_step_{k}_cluster_1"] == pytest.approx(mean[1:3].mean())
+    again, _ = maml.evaluate(env, tasks, policy, theta, args)
+    assert again == metrics
+
+
+def test_presets_and_explicit_flags():
+    assert maml.parse_args([]) == maml.Args()
+    finn = maml.parse_args(["--preset", "finn", "--alpha", "0.05"])
+    assert (finn.horizon, finn.hidden, finn.activation, finn.alpha) == (200, (100, 100), "relu", 0.05)
+    assert maml.parse_args(["--preset", "finn", "--horizon", "50"]).horizon == 50
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--env", "cheetah-dri"], "did you mean cheetah-dir"),
+        (["--env", "cheetah-vel", "--oracle"], "--oracle needs clusters, and cheetah-vel has none"),
+        (["--tasks", "0"], "--tasks must be at least 1"),
+        (["--inner-steps", "-1"], "--inner-steps must be at least 0"),
+        (["--alpha", "0"], "--alpha must be positive"),
+        (["--hidden", "0"], "--hidden"),
+        (["--resume", "a", "--evaluate", "b"], "contradict"),
+        (["--resume", "nowhere"], "not a run folder"),
+    ],
+)
+def test_wrong_input_gets_one_line(flags, message):
+    with pytest.raises(SystemExit) as caught:
+        maml.parse_args(flags)
+    assert str(caught.value).startswith("maml.py: error: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
