@@ -3,6 +3,8 @@
 #   ./benchmark.sh speed             physics limits, and the share of them that the scripts reach -> results/speed.csv
 #   ./benchmark.sh milet-point       point-goal-4c, 3 seeds, and the figures of the README
 #   ./benchmark.sh milet-mujoco      ant-goal-4c (5 million frames), hopper-params-4c and walker-params-4c (1 million)
+#   ./benchmark.sh maml              cheetah-dir (2 seeds) and cheetah-vel, 32 million frames each, and ant-dir, 16 million
+#   ./benchmark.sh maml-mixed        MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each, and their curves
 # SLURM=1 submits each run as a job instead of running them one after the other.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -20,5 +22,16 @@ case "${1:-}" in
     run python algos/milet.py --env hopper-params-4c --frames 1000000
     run python algos/milet.py --env walker-params-4c --frames 1000000
     ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  maml)
+    for seed in 0 1; do run python algos/maml.py --env cheetah-dir --seed "$seed" --run-dir runs/maml-cheetah; done
+    [ "${SLURM:-}" ] || python results/plot.py runs/maml-cheetah/* --out runs/maml-cheetah-figures
+    run python algos/maml.py --env cheetah-vel
+    run python algos/maml.py --env ant-dir --iterations 100
+    ;;
+  maml-mixed)
+    run python algos/maml.py --env ant-cheetah-dir --iterations 100 --run-dir runs/maml-mixed
+    run python algos/maml.py --env ant-cheetah-dir --iterations 100 --oracle --run-dir runs/maml-mixed
+    [ "${SLURM:-}" ] || python results/plot.py runs/maml-mixed/* --out runs/maml-mixed-figures
+    ;;
+  *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

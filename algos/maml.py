@@ -4,17 +4,17 @@ Official code: github.com/cbfinn/maml_rl. Defaults are those of ProMP's MAML-TRP
 robots. With --oracle it is Multi-MAML; with --inner-steps 0, TRPO on all tasks, the "Pretrain" of the papers.
 
 Objective    min over θ:  E_i[ L_i(θ'_i) ],  θ'_i = θ - α ∇L_i(θ),  L_i(θ) = -E_πθ[ return in task i ]      Eq. (1), (4)
-Algorithm 3  l. 3   sample tasks M_i -> sample_tasks        l. 5, 8  sample K trajectories D_k -> sample
+Algorithm 3  l. 3   sample tasks M_i -> sample_tasks        l. 5, 8  sample K trajectories, D_k -> sample
              l. 6   ∇L_i -> process, inner_loss             l. 7     θ'_i = θ - α ∇L_i -> adapt
-             l. 10  θ <- θ - step -> trpo_step, the step by TRPO (Schulman et al., ICML 2015):
-                    minimise J(θ) = E_i E_Dn[-π_θ'i / π_old A]  subject to  E_i E_Dn[KL(π_old ‖ π_θ'i)] ≤ δ
+             l. 10  θ <- θ - step -> trpo_step, by TRPO (Schulman et al., ICML 2015): minimise the surrogate
+                    S(θ) = E_i E_Dn[-A π_θ'i / π_old]  subject to  E_i E_Dn[KL(π_old ‖ π_θ'i)] ≤ δ
 
-  θ --D_0--> θ_1 --D_1--> ... θ_n = θ'_i --D_n--> surrogate J        each θ_k+1 = θ_k - α ∇L_i(θ_k; D_k)
-  ∂θ'_i/∂θ = J_i = Π_k (I - α ∇²L_i(θ_k; D_k)),  ∇J = E_i J_iᵀ ∇J(θ'_i),  ∇²KL = E_i J_iᵀ F_i J_i  -> linearise
+  n inner steps    θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  D_k sampled by θ_k,  θ'_i = θ_n,  D_n for S and KL
+  chain rule       J_i = ∂θ'_i/∂θ = Π_k (I - α ∇²L_i(θ_k; D_k)),  ∇S = E_i J_iᵀ ∇S(θ'_i),  ∇²KL = E_i J_iᵀ F_i J_i
+                   F_i the Fisher matrix of π_θ'i on D_n -> linearise
 
 Symbols      θ -> theta [d], all parameters as one vector, log σ included; θ_k of all tasks [task, d]; α -> alpha;
-             D_k -> Batch; π_θ(a|s) -> GaussianPolicy; A -> advantage [task, rollout, step]; δ -> delta;
-             F_i -> the product of outer_gradient
+             D_k -> Batch; π_θ(a|s) -> GaussianPolicy; A -> advantage [task, rollout, step]; δ -> delta
 
 Deviations from the paper (P) or the official codes (C)
   D1  P has the return in Eq. (4); here advantages of a linear baseline, normalised in each task, as C.
@@ -28,6 +28,7 @@ Deviations from the paper (P) or the official codes (C)
       policy that sampled: the same derivatives there, and right away from it too.
   D8  CML leaves the actions that pad a small robot in π, as noise; so here (--mask-pad-actions takes them out).
   D9  At test, steps beyond those of training take α / 2, as P's official code.
+  D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
 
 Tested       python algos/maml.py --env cheetah-dir   TESTED
 """
@@ -268,7 +269,7 @@ CHUNK = 4  # tasks at a time, whose activations stay in the cache
 
 
 def surrogate_and_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """J_i = E_D[-π/π_old A] and E_D[KL(π_old ‖ π)], [task] each; π_old sampled the batch."""
+    """S_i = E_D[-A π/π_old] and E_D[KL(π_old ‖ π)], [task] each; π_old sampled the batch."""
     ratio = (log_prob(mean, log_std, batch) - log_prob(batch.mean, batch.log_std, batch)).exp()
     var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
     kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
@@ -276,7 +277,7 @@ def surrogate_and_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> tuple[Tenso
 
 
 def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Callable]:
-    """J_i(θ') [task], its gradient [task, d], and the product u -> F_i u with the Fisher matrix of π_θ' on D_n.
+    """S_i(θ') [task], its gradient [task, d], and the product u -> F_i u with the Fisher matrix of π_θ' on D_n.
 
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
@@ -298,7 +299,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
 def linearise(
     policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Args
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """J(θ), ∇J(θ) [d], and the product v -> (E_i J_iᵀ F_i J_i + damping) v, on the graphs kept from one pass (D3)."""
+    """S(θ), ∇S(θ) [d], and the product v -> (E_i J_iᵀ F_i J_i + damping) v, on the graphs kept from one pass (D3)."""
     surrogate, gradient, kept = 0.0, torch.zeros_like(theta), []
     for tasks in torch.arange(len(data[0].obs)).split(CHUNK):
         *inner, outer = (batch.of(slice(tasks[0], tasks[-1] + 1)) for batch in data)
@@ -307,10 +308,10 @@ def linearise(
             g, hessian = inner_gradient(policy, theta_k, batch, args.inner_loss)
             theta_k = theta_k - args.alpha * g
             hessians.append(hessian)
-        j, g, fisher = outer_gradient(policy, theta_k, outer)
+        s, g, fisher = outer_gradient(policy, theta_k, outer)
         for hessian in reversed(hessians):
-            g = g - args.alpha * hessian(g)  # J_iᵀ ∇J(θ'_i)
-        surrogate += j.sum()
+            g = g - args.alpha * hessian(g)  # J_iᵀ ∇S(θ'_i)
+        surrogate += s.sum()
         gradient += g.sum(0)
         kept.append((hessians, fisher))
 
@@ -345,7 +346,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def meta_objective(policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Args) -> tuple[Tensor, Tensor]:
-    """J(θ) and KL(θ), adaptation included."""
+    """S(θ) and KL(θ), adaptation included."""
     *inner, outer = data
     theta_k = theta.expand(len(outer.obs), -1)
     for batch in inner:
@@ -356,7 +357,7 @@ def meta_objective(policy: GaussianPolicy, theta: Tensor, data: list[Batch], arg
 
 
 def trpo_step(policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Args) -> tuple[Tensor, dict[str, float]]:
-    """The new θ [d]: the largest candidate step that lowers J within the trust region, if any (Alg. 3, l. 10)."""
+    """The new θ [d]: the largest candidate step that lowers S within the trust region, if any (Alg. 3, l. 10)."""
     before, gradient, product = linearise(policy, theta, data, args)
     x, curvature = conjugate_gradient(product, gradient, args.cg_iterations)
     step = (2 * args.delta / (curvature + 1e-8)).sqrt() * x  # the quadratic model of the KL hits δ
@@ -374,6 +375,7 @@ def trpo_step(policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Ar
 # == Evaluation ========================================================================================================
 
 
+# Copied from algos/milet.py
 def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     """The mean of the returns [task] and, if there are several, of every true cluster."""
     present = np.unique(clusters)
@@ -554,7 +556,7 @@ def train(args: Args) -> None:
             save(0)
             evaluate_and_log(0)
         for iteration in range(done + 1, args.iterations + 1):
-            # l. 3: fresh tasks; the true cluster chooses the learner of Multi-MAML
+            # Alg. 3, l. 3: fresh tasks (D10); the true cluster chooses the learner of Multi-MAML
             begin, sampling, before = time.time(), 0.0, frames
             tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(random_seed(rng)))
             learner = tasks.cluster if args.oracle else np.zeros(args.tasks, int)

@@ -30,6 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NOT_THE_METHOD = {"script", "seed", "run_dir", "resume", "evaluate", "device", "num_threads", "track", "save_every"}
+NOT_THE_METHOD |= {"eval_every", "eval_steps"}
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
 
@@ -57,10 +58,10 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return result.confidence_interval.low, result.confidence_interval.high
 
 
-def scripted_return(env_id: str, action: str) -> float | None:
-    """Mean return over the test tasks, three seeds, of zero actions ("still") or of who knows the task ("oracle")."""
+def scripted_return(env_id: str, horizon: int | None, action: str) -> np.ndarray | None:
+    """Returns in the test tasks [task], mean of three seeds: zero actions ("still"), or who knows them ("oracle")."""
     tasks = gym.make_vec(env_id).unwrapped.task_set("test")
-    env = gym.make_vec(env_id, num_envs=len(tasks))
+    env = gym.make_vec(env_id, num_envs=len(tasks), horizon=horizon)
     if action == "oracle" and not hasattr(env.unwrapped, "oracle_action"):
         return None
     total = np.zeros(len(tasks))
@@ -69,11 +70,14 @@ def scripted_return(env_id: str, action: str) -> float | None:
         for _ in range(env.unwrapped.horizon):
             move = env.unwrapped.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
             total += env.step(move)[1] / 3
-    return float(total.mean())
+    return total
 
 
-def learning_curve(runs: list[Path], path: Path) -> None:
-    """Held-out return of every episode (or gradient step) over environment frames, with scripted anchors."""
+def learning_curves(runs: list[Path], out: Path) -> None:
+    """Held-out return of every episode (or gradient step) over environment frames, with scripted anchors.
+
+    Pooled into learning_curve.png; of every true cluster, where there are several, into learning_curve_clusters.png.
+    """
     groups = defaultdict(list)
     settings = [json.loads((run / "args.json").read_text()) for run in runs]
     if len(environments := {args["env"] for args in settings}) > 1:
@@ -83,42 +87,77 @@ def learning_curve(runs: list[Path], path: Path) -> None:
     for run, args in zip(runs, settings):
         differs = [f"{k}={v}" for k, v in args.items() if k not in same | NOT_THE_METHOD]
         groups[" ".join([args["script"], *differs])].append(read_csv(run / "eval.csv"))
-    anchors = {action: scripted_return(env, action) for action in ("oracle", "still")}
-    columns = [k for k in next(iter(groups.values()))[0] if k.startswith("eval/return_") and "cluster" not in k]
+    anchors = {action: scripted_return(env, settings[0].get("horizon"), action) for action in ("oracle", "still")}
+    columns = [k for k in next(iter(groups.values()))[0] if k.startswith("eval/return_")]
+    pooled = [k for k in columns if "cluster" not in k]
+    cluster = gym.make_vec(env).unwrapped.task_set("test").cluster
+    draw_curves(groups, {k: (slice(None), anchors) for k in pooled}, env, 1, out / "learning_curve.png")
+    by_cluster = {k: (cluster == int(k.split("_cluster_")[1]), anchors) for k in columns if k not in pooled}
+    if by_cluster:
+        rows = len(by_cluster) // len(pooled)
+        ordered = dict(sorted(by_cluster.items(), key=lambda item: item[0].split("_cluster_")[::-1]))
+        draw_curves(groups, ordered, env, rows, out / "learning_curve_clusters.png")
 
-    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.2), sharey=True, squeeze=False)
-    for axis, column in zip(axes[0], columns):
+
+def draw_curves(groups: dict[str, list], panels: dict[str, tuple], env: str, rows: int, path: Path) -> None:
+    """A panel a column of eval.csv; with it the test tasks that the column is of, and the anchors of all tasks."""
+    columns = len(panels) // rows
+    size = 4.2 * columns, 2.6 * rows + 0.6
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey="row", squeeze=False)
+    seen = [[] for _ in axes]  # returns that must be in the picture of a row
+    for i, (axis, (column, (tasks, anchors))) in enumerate(zip(axes.flat, panels.items())):
+        levels = {action: level[tasks].mean() for action, level in anchors.items() if level is not None}
+        seen[i // columns] += levels.values()
         for label, tables in groups.items():
             frames = reduce(np.intersect1d, [t["charts/frames"] for t in tables])
             values = np.stack([t[column][np.isin(t["charts/frames"], frames)] for t in tables])
             (line,) = axis.plot(frames, values.mean(0), label=f"{label} ({len(tables)} seed{'s'[: len(tables) > 1]})")
             axis.fill_between(frames, *interval(values), alpha=0.25, color=line.get_color(), linewidth=0)
-        for (action, level), style in zip(anchors.items(), ("--", ":")):
-            if level is not None:
-                name = "oracle (knows the task)" if action == "oracle" else "standing still"
-                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {level:.0f}")
-        axis.set(title=column.removeprefix("eval/return_").replace("_", " "), xlabel="environment frames")
-    trained = [t[c][len(t[c]) // 4 :].min() for tables in groups.values() for t in tables for c in columns]
-    low, high = min([*trained, *filter(None, anchors.values())]), axes[0][0].get_ylim()[1]
-    axes[0][0].set_ylim(low - 0.05 * (high - low))  # untrained agents may fall out of the picture
-    axes[0][0].set_ylabel("return on held-out tasks")
-    axes[0][-1].legend(fontsize=7)
+            seen[i // columns] += [values[:, len(frames) // 4 :].min(), values.max()]  # untrained agents may fall out
+        for action, level in levels.items():
+            name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
+            axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
+        axis.set_title(column.removeprefix("eval/return_").replace("_", " "))
+    for axis in axes[-1]:
+        axis.set_xlabel("environment frames")
+    for row, values in zip(axes, seen):
+        margin = 0.05 * (max(values) - min(values))
+        row[0].set_ylim(min(values) - margin, max(values) + margin)
+        row[0].set_ylabel("return on held-out tasks")
+        row[-1].legend(fontsize=7)
     figure.suptitle(env)
     save(figure, path)
 
 
 def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """Test goals (crosses) and traces, coloured by the cluster inferred at the end of the exploration episode."""
-    guess = data["q"][0, -1].argmax(-1)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True)
-    for axis, trace, title in zip(axes, data["trace"], ("exploration episode", "exploitation episode")):
+    """Test goals (crosses) and traces, coloured by the cluster inferred after exploration, or else by the true one."""
+    inferred = "q" in data
+    guess = data["q"][0, -1].argmax(-1) if inferred else data["cluster"]
+    titles = [f"after {k} gradient steps" for k in range(len(data["trace"]))]
+    titles = ["exploration episode", "exploitation episode"] if inferred else titles
+    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True)
+    for axis, trace, title in zip(axes, data["trace"], titles):
         for i, goal in enumerate(data["params"]):
             colour = CLUSTER_COLOURS[guess[i] % 10]
             axis.plot(*trace[:, i].T, color=colour, linewidth=0.8, alpha=0.7)
             axis.plot(*goal, "x", color=colour, markersize=7, markeredgewidth=2)
         axis.set(title=title, aspect="equal", xlabel="x")
     axes[0].set_ylabel("y")
-    figure.suptitle(f"{env}: {len(np.unique(guess))} inferred clusters, NMI {nmi(data['cluster'], guess):.2f}")
+    clusters = f"inferred clusters, NMI {nmi(data['cluster'], guess):.2f}" if inferred else "true clusters"
+    figure.suptitle(f"{env}: {len(np.unique(guess))} {clusters}")
+    save(figure, path)
+
+
+def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """Return of every test task over its target velocity, before and after adaptation: mean and sd of the rollouts."""
+    figure, axis = plt.subplots(figsize=(5, 3.4))
+    order = np.argsort(data["params"][:, 0])
+    for k, returns in enumerate(data["returns"]):
+        velocity, mean, sd = data["params"][order, 0], returns.mean(1)[order], returns.std(1)[order]
+        (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=f"after {k} gradient steps")
+        axis.fill_between(velocity, mean - sd, mean + sd, alpha=0.2, color=line.get_color(), linewidth=0)
+    axis.set(xlabel="target velocity (m/s)", ylabel="return", title=env)
+    axis.legend(fontsize=8)
     save(figure, path)
 
 
@@ -189,7 +228,7 @@ def main(options: Options) -> None:
     plt.rcParams.update(STYLE)
     out = options.out or options.runs[0] / "figures"
     out.mkdir(parents=True, exist_ok=True)
-    learning_curve(options.runs, out / "learning_curve.png")
+    learning_curves(options.runs, out)
     run = options.runs[0]
     if len(options.runs) > 1 or not (run / "eval.npz").exists():
         return
@@ -198,7 +237,9 @@ def main(options: Options) -> None:
         cluster_map(args["env"], data, out / "cluster_map.png")
     if "q" in data:
         belief(args["env"], data, out / "belief.png")
-    embedding(args["env"], data, out / "embedding.png")
+        embedding(args["env"], data, out / "embedding.png")
+    if "vel" in args["env"] and "returns" in data:
+        return_by_velocity(args["env"], data, out / "return_by_velocity.png")
     if "reward_weights" in data:
         reward_weights(data, out / "reward_weights.png")
 

@@ -200,7 +200,7 @@ def test_log_likelihood_loss_is_the_policy_gradient():
 
 
 def test_dice_by_the_magic_box():
-    """Foerster et al. (2018): the box of all actions so far times the cost; here the costs are telescoped advantages."""
+    """Foerster et al. (2018): the box of all actions so far times the cost; here telescoped advantages."""
     args = small_args()
     policy, theta = make_policy(args)
     batch = make_batch(policy, theta[None], args)

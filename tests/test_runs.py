@@ -11,22 +11,34 @@ import sys
 import time
 from pathlib import Path
 
+import maml
 import milet
+import probes  # noqa: F401
 import pytest
 import torch
 from conftest import ROOT
 
-# The buffer is full after 4 of 12 meta-iterations: trials are overwritten before and after a kill.
-QUICK = "--buffer-trials 64 --eval-every 1 --save-every 2 --num-threads 1".split()
-QUICK += "--vae-batch 8 --elbo-terms 4 --decodes 5".split()
+MODULES = {"milet": milet, "maml": maml}
+QUICK = {  # flags of a short run
+    "milet": "--vae-batch 8 --elbo-terms 4 --decodes 5 --buffer-trials 64",
+    "maml": "--tasks 4 --rollouts 2 --inner-steps 2 --horizon 50",
+}
+QUICK = {script: f"{flags} --eval-every 1 --save-every 2 --num-threads 1".split() for script, flags in QUICK.items()}
+LONG = {  # twelve meta-iterations; MILET's buffer is full after 4: trials are overwritten before and after a kill
+    "milet": "--env hopper-params-4c --frames 38400".split(),
+    "maml": "--env ml2 --oracle --iterations 12".split(),
+}
+EVALUATED = {"milet": "eval/return_episode_{}", "maml": "eval/return_step_{}"}
+CLOCK = ("charts/sps", "time/sample", "time/ppo", "time/elbo", "time/update")
+scripts = pytest.mark.parametrize("script", MODULES)
 
 
-def command(*flags, script="milet") -> list[str]:
+def command(script: str, *flags) -> list[str]:
     return [sys.executable, str(ROOT / "algos" / f"{script}.py"), *map(str, flags)]
 
 
-def run(*flags, ok=True, **kwargs) -> subprocess.CompletedProcess:
-    result = subprocess.run(command(*flags), capture_output=True, text=True, timeout=240, **kwargs)
+def run(script: str, *flags, ok=True, **kwargs) -> subprocess.CompletedProcess:
+    result = subprocess.run(command(script, *flags), capture_output=True, text=True, timeout=240, **kwargs)
     assert not ok or result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -41,6 +53,13 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def plot(path: Path) -> set[str]:
+    """The names of the figures of a run."""
+    result = subprocess.run([sys.executable, str(ROOT / "results" / "plot.py"), str(path)], capture_output=True)
+    assert result.returncode == 0, result.stderr
+    return {p.name for p in (path / "figures").iterdir()}
+
+
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> Path:
     for _ in range(1200):
         files = list(folder.glob("*/eval.csv"))
@@ -52,51 +71,84 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A short uninterrupted run on a real MuJoCo environment."""
-    folder = tmp_path_factory.mktemp("finished")
-    run("--env", "hopper-params-4c", "--frames", 12 * 3200, "--run-dir", folder, *QUICK)
-    return only_run(folder)
+def finished(tmp_path_factory) -> dict[str, Path]:
+    """A short uninterrupted run of every script on a real MuJoCo environment."""
+    folders = {script: tmp_path_factory.mktemp(script) for script in MODULES}
+    for script, folder in folders.items():
+        run(script, *LONG[script], "--run-dir", folder, *QUICK[script])
+    return {script: only_run(folder) for script, folder in folders.items()}
 
 
-def test_probe_recovers_the_clusters_and_adapts(tmp_path):
-    """Two clusters that only the reward tells apart: NMI 1, and a second episode near the oracle's 0 (no task: -10)."""
-    import probes  # noqa: F401
-
+@pytest.fixture
+def keep_signals():
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def test_probe_recovers_the_clusters_and_adapts(tmp_path, keep_signals):
+    """Two clusters that only the reward tells apart: NMI 1, and a second episode near the oracle's 0 (no task: -10)."""
     args = milet.Args(
         env="probe-guess-sign", frames=60_000, run_dir=str(tmp_path), clusters=2, num_threads=1, eval_every=50,
         save_every=1000, precollect=1000, lr_vae=3e-3, vae_updates=2, elbo_terms=20, lr_phi=3e-3, lr_psi=3e-3, clip=0.2,
         minibatches=2, kl_z_weight=1e-3,
     )  # fmt: skip
     milet.train(args)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
     first, last = (rows(only_run(tmp_path) / "eval.csv")[i] for i in (0, -1))
     assert float(last["eval/nmi"]) > 0.9
     assert float(last["eval/return_episode_2"]) > -3 > float(first["eval/return_episode_2"])
 
 
-def test_smoke_leaves_the_whole_run_folder(finished):
-    names = {p.name for p in finished.iterdir()}
+def test_probe_bandit_is_solved_after_one_gradient_step(tmp_path, keep_signals):
+    """One action, goals -1 and +1: without the task 0 is best, which pays -1 - σ² and more; who knows it gets 0."""
+    args = maml.Args(
+        env="probe-guess-sign", run_dir=str(tmp_path), horizon=1, action_scale=1.0, tasks=20, iterations=100,
+        num_threads=1, eval_every=50, hidden=(16,),
+    )  # fmt: skip
+    maml.train(args)
+    first, last = (rows(only_run(tmp_path) / "eval.csv")[i] for i in (0, -1))
+    assert float(first["eval/return_step_1"]) < -0.9
+    assert float(last["eval/return_step_1"]) > -0.1 and float(last["eval/return_step_0"]) < -0.9
+
+
+@scripts
+def test_smoke_leaves_the_whole_run_folder(finished, script):
+    names = {p.name for p in finished[script].iterdir()}
     assert {"args.json", "metrics.csv", "eval.csv", "eval.npz", "checkpoint.pt"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    evaluations, metrics = rows(finished[script] / "eval.csv"), rows(finished[script] / "metrics.csv")
+    assert [int(r["iteration"]) for r in evaluations] == list(range(13))
+    assert [int(r["iteration"]) for r in metrics] == list(range(1, 13))[-len(metrics) :] and len(metrics) > 10
+    for key in ("charts/frames", "charts/sps", "time/sample", "time/update"):
+        assert key in metrics[0]
+    for key in (EVALUATED[script].format(1), EVALUATED[script].format(2) + "_cluster_1"):
+        assert key in evaluations[0]
+
+
+def test_milet_logs_its_own(finished):
+    finished = finished["milet"]
     assert finished.name.startswith("hopper-params-4c__milet__0__")
     assert json.loads((finished / "args.json").read_text())["state_decoder"] == [256, 128]
     evaluations, metrics = rows(finished / "eval.csv"), rows(finished / "metrics.csv")
-    assert [int(r["iteration"]) for r in evaluations] == list(range(13))
     assert [int(r["charts/frames"]) for r in metrics] == [3200 * i for i in range(2, 13)]
-    for key in ("eval/return_episode_1", "eval/return_episode_2_cluster_3", "eval/nmi", "eval/ari", "eval/nmi_ceiling"):
+    for key in ("eval/return_episode_2_cluster_3", "eval/nmi", "eval/ari", "eval/nmi_ceiling"):
         assert key in evaluations[0]
-    for key in ("train/bonus_h", "train/bonus_c", "elbo/kl_z", "time/sample", "charts/sps", "psi/policy_loss"):
+    for key in ("train/bonus_h", "train/bonus_c", "elbo/kl_z", "psi/policy_loss"):
         assert key in metrics[0]
 
 
+def test_maml_counts_the_frames_taken(finished):
+    """Not those after a fall."""
+    frames = [int(r["charts/frames"]) for r in rows(finished["maml"] / "metrics.csv")]
+    assert all(0 < b - a <= 4 * 2 * 3 * 50 for a, b in zip([0, *frames], frames)) and frames[-1] < 12 * 4 * 2 * 3 * 50
+
+
+@scripts
 @pytest.mark.parametrize("after", [2, 5])
-def test_killed_and_resumed_ends_with_the_same_eval_csv(finished, tmp_path, after):
+def test_killed_and_resumed_ends_with_the_same_eval_csv(finished, tmp_path, script, after):
     process = subprocess.Popen(
-        command("--env", "hopper-params-4c", "--frames", 12 * 3200, "--run-dir", tmp_path, *QUICK),
-        stdout=subprocess.DEVNULL,
+        command(script, *LONG[script], "--run-dir", tmp_path, *QUICK[script]), stdout=subprocess.DEVNULL
     )
     path = wait_for_rows(tmp_path, after, process)
     time.sleep(random.Random(after).uniform(0, 0.5))
@@ -105,26 +157,32 @@ def test_killed_and_resumed_ends_with_the_same_eval_csv(finished, tmp_path, afte
     process.wait()
     with (path / "eval.csv").open("a") as file:
         file.write("1")  # a row that the kill cut short
-    run("--resume", path)
-    assert (path / "eval.csv").read_text() == (finished / "eval.csv").read_text()
-    clock = ("charts/sps", "time/sample", "time/ppo", "time/elbo", "time/update")
-    tables = [rows(folder / "metrics.csv") for folder in (path, finished)]
-    logged = [[{k: v for k, v in row.items() if k not in clock} for row in table] for table in tables]
+    run(script, "--resume", path)
+    assert (path / "eval.csv").read_text() == (finished[script] / "eval.csv").read_text()
+    tables = [rows(folder / "metrics.csv") for folder in (path, finished[script])]
+    logged = [[{k: v for k, v in row.items() if k not in CLOCK} for row in table] for table in tables]
     assert logged[0] == logged[1]
 
 
-def test_evaluate_gives_what_training_logged(finished):
-    last = rows(finished / "eval.csv")[-1]
-    output = run("--evaluate", finished).stdout
+@scripts
+def test_evaluate_gives_what_training_logged(finished, script):
+    last = rows(finished[script] / "eval.csv")[-1]
+    output = run(script, "--evaluate", finished[script]).stdout
     for k in (1, 2):
-        assert f"return {k} {float(last[f'eval/return_episode_{k}']):.1f}" in output
+        assert f" {k} {float(last[EVALUATED[script].format(k)]):.1f}" in output
 
 
+def test_maml_evaluates_with_other_steps_and_rates(finished):
+    output = run("maml", "--evaluate", finished["maml"], "--eval-steps", 4, "--alpha", 0.01).stdout
+    last = rows(finished["maml"] / "eval.csv")[-1]
+    assert f"step 0 {float(last['eval/return_step_0']):.1f}" in output and "step 4" in output
+
+
+@scripts
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_finish_the_iteration_and_save(tmp_path, signum, code):
-    process = subprocess.Popen(
-        command("--env", "point-goal-4c", "--run-dir", tmp_path, *QUICK), stdout=subprocess.PIPE, text=True
-    )
+def test_signals_finish_the_iteration_and_save(tmp_path, script, signum, code):
+    flags = ["--env", "point-goal-4c", "--run-dir", tmp_path, *QUICK[script]]
+    process = subprocess.Popen(command(script, *flags), stdout=subprocess.PIPE, text=True)
     path = wait_for_rows(tmp_path, 2, process)
     process.send_signal(signum)
     output, _ = process.communicate(timeout=60)
@@ -137,40 +195,50 @@ def test_signals_finish_the_iteration_and_save(tmp_path, signum, code):
 def test_no_exploration_tracks_offline_and_plots(tmp_path):
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = ["--env", "point-goal-4c", "--frames", 3 * 3200, "--no-exploration", "--track"]
-    run(*flags, "--run-dir", tmp_path, *QUICK, env=env)
+    run("milet", *flags, "--run-dir", tmp_path, *QUICK["milet"], env=env)
     path = only_run(tmp_path)
     assert list(path.glob("wandb/offline-run-*/*.wandb"))
     assert "psi/policy_loss" not in rows(path / "metrics.csv")[0]
-    plot = [sys.executable, str(ROOT / "results" / "plot.py"), str(path)]
-    assert subprocess.run(plot, capture_output=True).returncode == 0
-    figures = {p.name for p in (path / "figures").iterdir()}
-    assert figures == {"learning_curve.png", "cluster_map.png", "belief.png", "embedding.png", "reward_weights.png"}
+    curves = {"learning_curve.png", "learning_curve_clusters.png"}
+    assert plot(path) == curves | {"cluster_map.png", "belief.png", "embedding.png", "reward_weights.png"}
 
 
-def test_nan_stops_the_run(tmp_path):
-    result = run("--env", "point-goal-4c", "--lr-vae", "1e30", "--run-dir", tmp_path, *QUICK, ok=False)
+def test_maml_plots(finished, tmp_path):
+    assert plot(finished["maml"]) == {"learning_curve.png", "learning_curve_clusters.png"}
+    for env, figure in (("cheetah-vel", "return_by_velocity.png"), ("point-goal-4c", "cluster_map.png")):
+        run("maml", "--env", env, "--iterations", 1, "--run-dir", tmp_path / env, *QUICK["maml"])
+        assert figure in plot(only_run(tmp_path / env))
+
+
+@pytest.mark.parametrize("script, flag", [("milet", "--lr-vae"), ("maml", "--alpha")])
+def test_nan_stops_the_run(tmp_path, script, flag):
+    flags = ["--env", "point-goal-4c", flag, "1e30", "--run-dir", tmp_path, *QUICK[script]]
+    result = run(script, *flags, ok=False)
     assert result.returncode == 1
     assert re.search(r"iteration \d+: .+ (is not finite|NaN or infinity); last good checkpoint: ", result.stderr)
     assert "Traceback" not in result.stderr
 
 
-def test_wrong_checkpoints_get_one_line(finished, tmp_path):
+@scripts
+def test_wrong_checkpoints_get_one_line(finished, tmp_path, script):
     def error(*flags):
         with pytest.raises(SystemExit) as caught:
-            milet.train(milet.parse_args([str(f) for f in flags]))
+            MODULES[script].train(MODULES[script].parse_args([str(f) for f in flags]))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
+    finished = finished[script]
     assert "cannot change on an existing run" in error("--resume", finished, "--gamma", 0.5)
     stored = json.loads((finished / "args.json").read_text())
-    changes = {"env": {"env": "walker-params-4c"}, "script": {"script": "varibad"}}
-    changes |= {"damaged": {}, "other": {"hidden": 32}}
+    changes = {"env": {"env": "walker-params-4c", "oracle": False}, "script": {"script": "varibad"}}
+    changes["env"] = {k: v for k, v in changes["env"].items() if k in stored}
+    changes |= {"damaged": {}, "other": {"hidden": 32 if script == "milet" else [7]}}
     for name, change in changes.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(stored | change))
         checkpoint = (finished / "checkpoint.pt").read_bytes()
         (tmp_path / name / "checkpoint.pt").write_bytes(checkpoint[:1000] if name == "damaged" else checkpoint)
-    assert "belongs to milet.py on hopper-params-4c" in error("--evaluate", tmp_path / "env")
+    assert f"belongs to {script}.py on {stored['env']}" in error("--evaluate", tmp_path / "env")
     assert "is a run of varibad.py" in error("--evaluate", tmp_path / "script")
     assert "damaged" in error("--evaluate", tmp_path / "damaged")
     assert "damaged" in error("--evaluate", tmp_path / "other")

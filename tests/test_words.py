@@ -1,12 +1,12 @@
 """What the words promise: citations, commands, tables, links."""
 
+import importlib
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import milet
 import pytest
 from conftest import ROOT
 
@@ -14,6 +14,7 @@ import envs
 
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = {"milet": "--frames 9600", "maml": "--iterations 2 --tasks 2 --rollouts 2"}  # flags of a short run
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
 
 
@@ -62,16 +63,17 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "RUN" not in c])
 def test_documented_commands_run(command, tmp_path):
-    """Each for three meta-iterations; those on an existing run are in test_runs.py."""
+    """Each for two or three meta-iterations; those on an existing run are in test_runs.py."""
     if "my_envs" in command:
         source = (ROOT / "docs" / "environments.md").read_text()
         (template,) = re.findall(r"```python\n(import numpy as np\n\nimport envs\n.*?)```", source, re.S)
         (tmp_path / "my_envs.py").write_text(template)
         assert len(template.splitlines()) <= 35
     words = [w.rstrip(",.;)") for w in shlex.split(command)]
-    if "--frames" in words:
-        del words[words.index("--frames") : words.index("--frames") + 2]
-    short = ["--frames", "9600", "--run-dir", str(tmp_path / "runs"), "--eval-every", "2"]
+    short = SHORT[Path(words[1]).stem].split()
+    for flag in {f for f in short if f.startswith("--")} & set(words):
+        del words[words.index(flag) : words.index(flag) + 2]
+    short += ["--run-dir", str(tmp_path / "runs"), "--eval-every", "2"]
     path = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
     result = subprocess.run(
         [sys.executable, *words[1:], *short], cwd=ROOT, capture_output=True, text=True, timeout=200, env=path
@@ -84,8 +86,9 @@ def test_commands_on_runs_name_real_flags():
     on_runs = [c for c in COMMANDS if "RUN" in c]
     assert on_runs
     for command in on_runs:
+        script = importlib.import_module(re.match(r"python algos/(\w+)\.py", command)[1])
         for flag in re.findall(r"--([a-z-]+)", command):
-            assert hasattr(milet.Args, flag.replace("-", "_")), command
+            assert hasattr(script.Args, flag.replace("-", "_")), command
 
 
 def test_nothing_is_left_to_be_filled_in():

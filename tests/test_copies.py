@@ -1,0 +1,75 @@
+"""Copied functions agree with their source: whoever carries `# Copied from algos/x.py` has the syntax tree of x.py's.
+
+python tests/test_copies.py     rewrites every copy from its source
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MARK = re.compile(r"^# Copied from (\S+)\n((?:@.*\n)*(?:def|class) (\w+))", re.M)
+COPIES = [
+    (script, source, name)
+    for script in sorted((ROOT / "algos").glob("*.py"))
+    for source, _, name in MARK.findall(script.read_text())
+]
+
+
+def definition(path: Path, name: str) -> tuple[ast.AST, slice]:
+    """The top-level function or class of that name: its syntax tree, and its lines, decorators included."""
+    for node in ast.parse(path.read_text()).body:
+        if getattr(node, "name", None) == name:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            return node, slice(first - 1, node.end_lineno)
+    raise LookupError(f"{path} defines no {name}")
+
+
+def same(script: Path, source: Path, name: str) -> bool:
+    return ast.dump(definition(script, name)[0]) == ast.dump(definition(source, name)[0])
+
+
+def rewrite(script: Path, source: Path, name: str) -> None:
+    """Replace the copy in the script by the source's definition."""
+    lines, original = script.read_text().splitlines(True), source.read_text().splitlines(True)
+    lines[definition(script, name)[1]] = original[definition(source, name)[1]]
+    script.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("script, source, name", COPIES, ids=lambda x: getattr(x, "stem", x))
+def test_copies_agree_with_their_source(script, source, name):
+    assert script != ROOT / source
+    assert same(script, ROOT / source, name), f"{name} differs from {source}: change that, then run {__file__}"
+
+
+def test_every_mark_is_read():
+    marks = sum(script.read_text().count("Copied from algos/") for script in (ROOT / "algos").glob("*.py"))
+    assert marks == len(COPIES) > 0
+
+
+def test_what_two_scripts_share_is_marked():
+    """Definitions of the same name and content in two scripts: one of them says that it is a copy."""
+    found, marked = {}, {(script, name) for script, _, name in COPIES}
+    for script in sorted((ROOT / "algos").glob("*.py")):
+        for node in ast.parse(script.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (script, node.name) not in marked:
+                assert found.setdefault(ast.dump(node), script) == script, f"{script.name}: {node.name}"
+
+
+def test_a_drifted_copy_is_found_and_rewritten(tmp_path):
+    source, copy = tmp_path / "a.py", tmp_path / "b.py"
+    source.write_text("import os\n\n\n@os.fspath\ndef f(x):\n    return x  # why\n\n\nY = 1\n")
+    copy.write_text("X = 2\n\n\n# Copied from a.py\ndef f(x):\n    y = x\n    return y\n\n\nZ = 3\n")
+    assert not same(copy, source, "f")
+    rewrite(copy, source, "f")
+    assert same(copy, source, "f")
+    assert copy.read_text() == "X = 2\n\n\n# Copied from a.py\n@os.fspath\ndef f(x):\n    return x  # why\n\n\nZ = 3\n"
+
+
+if __name__ == "__main__":
+    for script, source, name in COPIES:
+        if not same(script, ROOT / source, name):
+            rewrite(script, ROOT / source, name)
+            print(f"{script.name}: {name} rewritten from {source}")
