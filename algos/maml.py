@@ -3,10 +3,10 @@
 Official code: github.com/cbfinn/maml_rl. Defaults are those of ProMP's MAML-TRPO and of CML, which moved it to Gym's
 robots. With --oracle it is Multi-MAML; with --inner-steps 0, TRPO on all tasks, the "Pretrain" of the papers.
 
-Objective    min over θ:  E_i[ L_i(θ'_i) ],  θ'_i = θ - α ∇L_i(θ),  L_i(θ) = -E_πθ[ return in task i ]      Eq. (1), (4)
+Objective    min over θ:  E_i[ L_i(θ'_i) ],  θ'_i = θ - α ∇L_i(θ),  L_i(θ) = -E_πθ[ return in task i ]           Eq. (4)
 Algorithm 3  l. 3   sample tasks M_i -> sample_tasks        l. 5, 8  sample K trajectories, D_k -> sample
              l. 6   ∇L_i -> process, inner_loss             l. 7     θ'_i = θ - α ∇L_i -> adapt
-             l. 10  θ <- θ - step -> trpo_step, by TRPO (Schulman et al., ICML 2015): minimise the surrogate
+             l. 10  Eq. (1), θ <- θ - step -> trpo_step, by TRPO (Schulman et al., ICML 2015): minimise the surrogate
                     S(θ) = E_i E_Dn[-A π_θ'i / π_old]  subject to  E_i E_Dn[KL(π_old ‖ π_θ'i)] ≤ δ
 
   n inner steps    θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  D_k sampled by θ_k,  θ'_i = θ_n,  D_n for S and KL
@@ -22,13 +22,14 @@ Deviations from the paper (P) or the official codes (C)
   D3  C takes finite differences of ∇KL; here J_iᵀ F_i J_i, the exact Hessian at θ, damped by 1e-5.
   D4  ProMP collects K H steps a task, and drops tails; here K episodes, and what follows a fall is masked.
   D5  ProMP floors σ at 1e-6 before adaptation only; here always.
-  D6  C solves for the baseline in up to five tries; here in float64, which needs one.
+  D6  C tries a larger ridge when the baseline is NaN; here when the Cholesky factorisation fails.
   D7  ProMP's DiCE has rewards minus a baseline; here the advantages (Loaded DiCE, Farquhar et al. 2019), so that all
       inner losses have the same gradient where the data was sampled, and one α fits them. Its box is the ratio to the
       policy that sampled: the same derivatives there, and right away from it too.
   D8  CML leaves the actions that pad a small robot in π, as noise; so here (--mask-pad-actions takes them out).
-  D9  At test, steps beyond those of training take α / 2, as P's official code.
+  D9  P takes α / 2 at test after the first step; here after as many steps as in training.
   D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
+  D11 P's Pretrain is TRPO on pooled rollouts; here (--inner-steps 0) baseline and advantages stay those of each task.
 
 Tested       python algos/maml.py --env cheetah-dir   TESTED
 """
@@ -82,7 +83,7 @@ class Args:
     tasks: int = 40  # tasks per meta-iteration
     rollouts: int = 20  # K, episodes per task and inner step
     horizon: int = 100  # H, steps per episode
-    inner_steps: int = 1  # n (0: no adaptation in training)
+    inner_steps: int = 1  # n (0: no adaptation in training, D11)
     alpha: float = 0.1  # α, inner step size
     inner_loss: Literal["log-likelihood", "likelihood-ratio", "dice"] = "log-likelihood"  # its second-order terms
     eval_steps: int = 0  # gradient steps at evaluation (0: as in training, at least one)
@@ -100,29 +101,29 @@ class Args:
 
 
 PRESETS = {
-    "promp": {},  # ProMP's maml_run_mujoco and CML, with damping
-    "finn": dict(horizon=200, hidden=(100, 100), activation="relu"),  # the paper's, App. A.2, but for the action scale
+    "promp": {},  # ProMP's maml_run_mujoco and CML, with damping; they run 1001 meta-iterations
+    "finn": dict(horizon=200, hidden=(100, 100), activation="relu"),  # the paper's horizon and network, App. A.2
 }
 
 # == Networks ==========================================================================================================
 
 
 class GaussianPolicy:
-    """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument: one vector, or one a task."""
+    """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         layers = pairwise((obs_dim, *args.hidden, action_dim))
-        self.shapes = [shape for n, m in layers for shape in ((n, m), (1, m))] + [(1, action_dim)]  # W, b, ...; log σ
-        self.sizes = [n * m for n, m in self.shapes]
+        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [a * b for a, b in self.shapes]
         self.activation = getattr(torch, args.activation)
 
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
-        bounds = [bound for n, m in self.shapes[:-1:2] for bound in (math.sqrt(6 / (n + m)), 0.0)] + [0.0]
-        return torch.cat([b * (2 * torch.rand(k, generator=rng) - 1) for b, k in zip(bounds, self.sizes)])
+        bounds = [bound for a, b in self.shapes[:-1:2] for bound in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]
+        return torch.cat([b * (2 * torch.rand(size, generator=rng) - 1) for b, size in zip(bounds, self.sizes)])
 
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """theta [task, d], obs [task, n, obs_dim] -> mean [task, n, action_dim], log σ [task, 1, action_dim]."""
+        """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
         parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
         *layers, weight, bias, log_std = parts
         for w, b in zip(layers[::2], layers[1::2]):
@@ -134,11 +135,11 @@ class GaussianPolicy:
 
 
 class Batch(NamedTuple):
-    """D_k: K rollouts of every task, n = K H steps. After a fall the weight is 0."""
+    """D_k: K rollouts of every task, in K H rows. After a fall the weight is 0."""
 
-    obs: Tensor  # [task, n, obs_dim]
-    action: Tensor  # [task, n, action_dim], the policy's, before scaling
-    mean: Tensor  # [task, n, action_dim], of the policy that sampled
+    obs: Tensor  # [task, row, obs_dim]
+    action: Tensor  # [task, row, action_dim], the policy's, before scaling
+    mean: Tensor  # [task, row, action_dim], of the policy that sampled
     log_std: Tensor  # [task, 1, action_dim], its log σ
     used: Tensor  # [task, 1, action_dim], 0 for actions that are no part of π (D8)
     reward: Tensor  # [task, rollout, step]
@@ -158,30 +159,31 @@ def sample(
     env: gym.vector.VectorEnv, tasks: envs.Tasks | None, policy: GaussianPolicy, theta: Tensor, rng, args: Args
 ) -> Batch:
     """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
+    threads, shape = torch.get_num_threads(), (len(theta), args.rollouts)
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
-    m, k, h, device = len(theta), args.rollouts, args.horizon, theta.device
-    options = {} if tasks is None else {"options": {"tasks": tasks[np.repeat(np.arange(m), k)]}}
-    seed = None if tasks is None else random_seed(rng)
-    state, _ = env.reset(seed=seed, **options)
-    action_dim = env.single_action_space.shape[0]
-    noise = torch.randn(h, m, k, action_dim, generator=rng).to(device)
-    steps, done = [], np.zeros(m * k, bool)
-    for t in range(h):
-        obs = torch.from_numpy(state).to(device).view(m, k, -1)
+    if tasks is None:
+        state, _ = env.reset()
+    else:
+        copies = tasks[np.repeat(np.arange(len(tasks)), args.rollouts)]
+        state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
+    noise = torch.randn(args.horizon, *shape, env.single_action_space.shape[0], generator=rng).to(theta.device)
+    steps, done = [], np.zeros(len(state), bool)
+    for t in range(args.horizon):
+        obs = torch.from_numpy(state).to(theta.device).view(*shape, -1)
         mean, log_std = policy(theta, obs)
         action = torch.addcmul(mean, log_std.exp(), noise[t])
-        control = (action / args.action_scale).clamp(-1, 1).view(m * k, -1)
+        control = (action / args.action_scale).clamp(-1, 1).flatten(0, 1)
         alive = ~done
         state, reward, terminated, truncated, _ = env.step(control.cpu().numpy())
         done = terminated | truncated
-        steps.append((obs, action, mean, *(torch.from_numpy(x).to(obs).view(m, k) for x in (reward, alive))))
-    torch.set_num_threads(args.num_threads)
-    obs, action, mean, reward, alive = (torch.stack(x, dim=2) for x in zip(*steps))
-    used = np.ones((m, 1, action_dim), bool)
+        steps.append((obs, action, mean, *(torch.from_numpy(x).to(obs).view(shape) for x in (reward, alive))))
+    torch.set_num_threads(threads)
+    obs, action, mean, reward, alive = (torch.stack(x, dim=2) for x in zip(*steps))  # [task, rollout, step, ·]
+    used = torch.ones_like(log_std)
     if args.mask_pad_actions:
-        used = env.unwrapped.used_actions()[::k, None]
-    flat = (x.flatten(1, 2) for x in (obs, action, mean))
-    return Batch(*flat, log_std, torch.from_numpy(used).to(obs), reward, alive / alive.sum((1, 2), keepdim=True))
+        used *= torch.from_numpy(env.unwrapped.used_actions()[:: args.rollouts, None]).to(theta.device)
+    rows = (x.flatten(1, 2) for x in (obs, action, mean))
+    return Batch(*rows, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))  # D4
 
 
 # == Sample processing =================================================================================================
@@ -197,11 +199,14 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
-    s = obs.clamp(-10, 10).double()  # [task, n, obs_dim]
-    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, n, 1]
+    s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
+    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
     x = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1) * alive.flatten(1)[..., None]
-    gram = x.mT @ x + 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    fit = torch.linalg.solve(gram, x.mT @ returns.flatten(1)[..., None].double())  # D6
+    for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
+        if not failed.any():  # D6
+            break
+    fit = torch.cholesky_solve(x.mT @ returns.flatten(1)[..., None].double(), factor)
     return (x @ fit).view_as(returns).float()
 
 
@@ -225,22 +230,19 @@ def process(batch: Batch, args: Args) -> Batch:
 
 
 def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
-    """ln π(a|s) of the actions of a batch, but for a constant: [task, rollout, step]."""
+    """ln π(a|s) of the actions of a batch, but for a constant; 0 after a fall: [task, rollout, step]."""
     deviation = (batch.action - mean) * (-log_std).exp()
-    return -((0.5 * deviation**2 + log_std) * batch.used).sum(-1).view_as(batch.reward)
+    return -((0.5 * deviation**2 + log_std) * batch.used).sum(-1).view_as(batch.reward) * (batch.weight > 0)
 
 
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, kind: str) -> Tensor:
     """L_i(θ; D) of Eq. (4), [task]; the forms have the same gradient at the parameters that sampled D."""
-    log_pi = log_prob(*policy(theta, batch.obs), batch)
-    log_ratio = log_pi - log_prob(batch.mean, batch.log_std, batch)  # ln π/π_old
-    if kind == "log-likelihood":
-        score = log_pi
-    elif kind == "likelihood-ratio":
-        score = log_ratio.exp()
-    else:  # "dice": what step t adds to the ratio of the whole episode so far (D7)
-        upto = (log_ratio * (batch.weight > 0)).cumsum(-1)
-        score = upto.exp() - (upto - log_ratio).exp()
+    score = log_prob(*policy(theta, batch.obs), batch)
+    if kind != "log-likelihood":
+        log_ratio = score - log_prob(batch.mean, batch.log_std, batch)
+        score = log_ratio.exp()  # π/π_old
+    if kind == "dice":  # what step t adds to the ratio of the whole episode so far (D7)
+        score = log_ratio.cumsum(-1).exp() - (log_ratio.cumsum(-1) - log_ratio).exp()
     return -(batch.weight * score * batch.advantage).sum((1, 2))
 
 
@@ -299,11 +301,14 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
 def linearise(
     policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Args
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """S(θ), ∇S(θ) [d], and the product v -> (E_i J_iᵀ F_i J_i + damping) v, on the graphs kept from one pass (D3)."""
-    surrogate, gradient, kept = 0.0, torch.zeros_like(theta), []
-    for tasks in torch.arange(len(data[0].obs)).split(CHUNK):
-        *inner, outer = (batch.of(slice(tasks[0], tasks[-1] + 1)) for batch in data)
-        theta_k, hessians = theta.expand(len(tasks), -1), []
+    """S(θ), ∇S(θ) [d], and the product v -> (E_i J_iᵀ F_i J_i + damping) v, on the graphs kept from one pass (D3).
+
+    The factors I - α ∇²L_i of J_i are symmetric: its transpose applies them in the opposite order.
+    """
+    surrogate, gradient, kept, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
+    for first in range(0, tasks, CHUNK):
+        *inner, outer = (batch.of(slice(first, first + CHUNK)) for batch in data)
+        theta_k, hessians = theta.expand(len(outer.obs), -1), []
         for batch in inner:
             g, hessian = inner_gradient(policy, theta_k, batch, args.inner_loss)
             theta_k = theta_k - args.alpha * g
@@ -325,9 +330,9 @@ def linearise(
             for hessian in reversed(hessians):
                 u = u - args.alpha * hessian(u)  # J_iᵀ F_i J_i v
             total += u.sum(0)
-        return total / len(data[0].obs) + args.damping * v
+        return total / tasks + args.damping * v
 
-    return surrogate / len(data[0].obs), gradient / len(data[0].obs), product
+    return surrogate / tasks, gradient / tasks, product
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -357,7 +362,7 @@ def meta_objective(policy: GaussianPolicy, theta: Tensor, data: list[Batch], arg
 
 
 def trpo_step(policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Args) -> tuple[Tensor, dict[str, float]]:
-    """The new θ [d]: the largest candidate step that lowers S within the trust region, if any (Alg. 3, l. 10)."""
+    """Eq. (1): the largest candidate step from θ [d] that lowers S within the trust region, if any (Alg. 3, l. 10)."""
     before, gradient, product = linearise(policy, theta, data, args)
     x, curvature = conjugate_gradient(product, gradient, args.cg_iterations)
     step = (2 * args.delta / (curvature + 1e-8)).sqrt() * x  # the quadratic model of the KL hits δ
@@ -391,17 +396,20 @@ def evaluate(
     The metrics, and for the figures: returns [gradient step, task, rollout], and the first two state variables of
     the first rollout [gradient step, H, task, 2].
     """
-    rng, training_steps = torch.Generator().manual_seed(10**6 + args.seed), max(1, args.inner_steps)
+    rng = torch.Generator().manual_seed(10**6 + args.seed)
+    as_trained = max(1, args.inner_steps)
     theta_k = theta[tasks.cluster if args.oracle else np.zeros(len(tasks), int)]
-    metrics, returns, traces = {}, [], []
-    for k in range(1 + (args.eval_steps or training_steps)):
-        batch = process(sample(env, tasks if k == 0 else None, policy, theta_k, rng, args), args)
-        alpha = args.alpha if k < training_steps else args.alpha / 2  # D9
-        theta_k = adapt(policy, theta_k, batch, alpha, args.inner_loss)
+    metrics, returns, traces, steps = {}, [], [], args.eval_steps or as_trained
+    for k in range(steps + 1):
+        batch = sample(env, tasks if k == 0 else None, policy, theta_k, rng, args)
         returns.append(batch.reward.double().sum(-1).cpu().numpy())
         traces.append(batch.obs[:, : args.horizon, :2].transpose(0, 1).cpu().numpy())
         metrics |= returns_by_cluster(f"eval/return_step_{k}", returns[-1].mean(1), tasks.cluster)
-    return metrics, dict(params=tasks.params, cluster=tasks.cluster, returns=np.stack(returns), trace=np.stack(traces))
+        if k < steps:
+            alpha = args.alpha if k < as_trained else args.alpha / 2  # D9
+            theta_k = adapt(policy, theta_k, process(batch, args), alpha, args.inner_loss)
+    traces = dict(returns=np.stack(returns), trace=np.stack(traces), alpha=args.alpha)
+    return metrics, dict(params=tasks.params, cluster=tasks.cluster) | traces
 
 
 def summary(metrics: dict[str, float]) -> str:
@@ -519,10 +527,15 @@ def train(args: Args) -> None:
     learners = env.unwrapped.num_clusters if args.oracle else 1
     theta = torch.stack([policy.init(rng) for _ in range(learners)]).to(args.device)
     agent, done, frames = nn.ParameterDict({"theta": nn.Parameter(theta, requires_grad=False)}), 0, 0
+    theta = agent["theta"]  # [learner, d], changed in place
     if args.evaluate:
         load_checkpoint(args.evaluate, args, {"agent": agent})
-        metrics, traces = evaluate(test_env, test_tasks, policy, theta, args)
+        try:
+            metrics, traces = evaluate(test_env, test_tasks, policy, theta, args)
+        except FloatingPointError as error:
+            fail(f"--alpha {args.alpha}: {error}")
         np.savez_compressed(Path(args.evaluate) / "eval.npz", **traces)
+        print(*(f"{name} {value:.2f}" for name, value in metrics.items()), sep="\n")
         print(summary(metrics), f"figures: python results/plot.py {args.evaluate}", sep="\n")
         return
     if args.resume:
@@ -562,7 +575,7 @@ def train(args: Args) -> None:
             learner = tasks.cluster if args.oracle else np.zeros(args.tasks, int)
 
             # l. 4-9: sample D_k, adapt to it, n times; then sample D_n
-            theta_k, data, metrics = theta[learner], [], {"charts/frames": 0}
+            theta_k, data, returns = theta[learner], [], {}
             for k in range(args.inner_steps + 1):
                 if k > 0:
                     theta_k = adapt(policy, theta_k, data[-1], args.alpha, args.inner_loss)
@@ -571,8 +584,8 @@ def train(args: Args) -> None:
                 sampling += time.time() - clock
                 data.append(process(batch, args))
                 frames += int((batch.weight > 0).sum())
-                returns = batch.reward.double().sum(-1).mean(1).cpu().numpy()
-                metrics |= returns_by_cluster(f"train/return_step_{k}", returns, tasks.cluster)
+                task_returns = batch.reward.double().sum(-1).mean(1).cpu().numpy()
+                returns |= returns_by_cluster(f"train/return_step_{k}", task_returns, tasks.cluster)
 
             # l. 10: every learner takes a step on its own tasks
             stats = []
@@ -581,7 +594,7 @@ def train(args: Args) -> None:
                 stats.append(stat)
 
             seconds = time.time() - begin
-            metrics["charts/frames"] = frames
+            metrics = {"charts/frames": frames} | returns
             metrics |= {key: sum(stat[key] for stat in stats) / len(stats) for key in stats[0]}
             metrics["policy/std"] = theta[:, -policy.sizes[-1] :].exp().mean().item()
             metrics |= {"time/sample": sampling, "time/update": seconds - sampling}
@@ -639,6 +652,18 @@ def env_class(env: str) -> type[envs.TaskVectorEnv]:
     return envs.ENVIRONMENTS[env_id]
 
 
+# Copied from algos/milet.py
+def check_numbers(args: Args, may_be_0: tuple[str, ...]) -> None:
+    """Integers are at least 1, or 0; floats are finite."""
+    for name, value in asdict(args).items():
+        for v in value if isinstance(value, tuple) else [value]:
+            flag, least = f"--{name.replace('_', '-')}", int(name not in may_be_0)
+            if type(v) is int and not least <= v < 2**62:
+                fail(f"{flag} must be at least {least}" if v < least else f"{flag} is too large")
+            if type(v) is float and not math.isfinite(v):
+                fail(f"{flag} must be finite")
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """The preset, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -651,20 +676,20 @@ def parse_args(argv: list[str] | None = None) -> Args:
     default = load_args(folder) if folder else Args(**PRESETS.get(preset, {}))
     args = tyro.cli(Args, default=default, args=argv, description=__doc__.split("\n")[0])
     free = ("resume", "evaluate", "device", "num_threads", "track", "run_dir")
-    free += ("alpha", "eval_steps") if args.evaluate else ()
+    free += ("alpha", "eval_steps") if args.evaluate else ("iterations",)
     changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
     if folder and changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
-    clusters = env_class(args.env).num_clusters
-    if args.oracle and clusters == 1:
+    cycle = env_class(args.env).cluster_cycle("train")
+    if args.oracle and len(cycle) == 1:
         fail(f"--oracle needs clusters, and {args.env} has none")
-    for name, value in asdict(args).items():
-        least = int(name not in ("seed", "num_threads", "inner_steps", "eval_steps"))
-        if any(type(v) is int and v < least for v in (value if isinstance(value, tuple) else [value])):
-            fail(f"--{name.replace('_', '-')} must be at least {least}")
-    for name in ("alpha", "action_scale", "delta"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be positive")
+    check_numbers(args, may_be_0=("seed", "num_threads", "inner_steps", "eval_steps"))
+    if args.tasks < len(cycle):
+        fail(f"--tasks must be at least {len(cycle)}, which hold every cluster of {args.env}")
+    if min(args.alpha, args.action_scale, args.delta) <= 0 or args.damping < 0:
+        fail("--alpha, --action-scale and --delta must be positive, --damping at least 0")
+    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        fail("--gamma and --gae-lambda must be in [0, 1]")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda, but PyTorch finds no GPU")
     return args

@@ -870,6 +870,17 @@ def env_class(env: str) -> type[envs.TaskVectorEnv]:
     return envs.ENVIRONMENTS[env_id]
 
 
+def check_numbers(args: Args, may_be_0: tuple[str, ...]) -> None:
+    """Integers are at least 1, or 0; floats are finite."""
+    for name, value in asdict(args).items():
+        for v in value if isinstance(value, tuple) else [value]:
+            flag, least = f"--{name.replace('_', '-')}", int(name not in may_be_0)
+            if type(v) is int and not least <= v < 2**62:
+                fail(f"{flag} must be at least {least}" if v < least else f"{flag} is too large")
+            if type(v) is float and not math.isfinite(v):
+                fail(f"{flag} must be finite")
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -886,10 +897,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if folder and changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
     env_class(args.env)
-    may_be_0 = ("seed", "num_threads", "decodes", "policy_embed", "precollect")
-    for name, value in asdict(args).items():
-        if type(value) is int and value < (name not in may_be_0):
-            fail(f"--{name.replace('_', '-')} must be at least {int(name not in may_be_0)}")
+    check_numbers(args, may_be_0=("seed", "num_threads", "decodes", "policy_embed", "precollect"))
     if not 0 < args.temperature or not args.reward_decoder:
         fail("--temperature must be positive, and --reward-decoder must name a layer")
     if args.num_envs > min(500, args.buffer_trials):

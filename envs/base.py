@@ -64,6 +64,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         terminated() -> [num_envs] bool       default: never
         apply_tasks(ids)                      default: nothing; write task parameters into the simulations
         cluster_cycle(split)                  default: every cluster once; the clusters that tasks take in turn
+        diverged() -> [num_envs] bool         default: never; broken simulations: their episode ends, with reward 0
     """
 
     obs_dim: int
@@ -186,8 +187,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         alive = ~self.done
         self.advance(None if alive.all() else np.flatnonzero(alive), action)
         self.elapsed[alive] += 1
-        reward = np.where(alive, self.reward(action), 0.0)
-        self.fell |= alive & self.terminated()
+        reward = np.where(alive & ~self.diverged(), self.reward(action), 0.0)
+        self.fell |= alive & (self.terminated() | self.diverged())
         truncated = (self.elapsed >= self.horizon) & ~self.fell
         self.done = self.fell | truncated
         return self.observation().astype(np.float32), reward, self.fell.copy(), truncated, {}
@@ -200,8 +201,12 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     def apply_tasks(self, ids: np.ndarray) -> None:
         pass
 
-    def cluster_cycle(self, split: str) -> list[int]:
-        return list(range(self.num_clusters))
+    @classmethod
+    def cluster_cycle(cls, split: str) -> list[int]:
+        return list(range(cls.num_clusters))
+
+    def diverged(self) -> np.ndarray:
+        return np.zeros(self.num_envs, bool)
 
 
 class MujocoVectorEnv(TaskVectorEnv):
@@ -248,17 +253,20 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def reset_state(self, ids: np.ndarray) -> None:
         self.batch.reset(ids, stage=int(mujoco.mjtStage.mjSTAGE_NONE))
+        self.batch.warning[ids] = 0
         for i in ids:
             self.qpos[i], self.qvel[i] = self.start_state(self.rngs[i])
         self.batch.forward(ids)
 
     def advance(self, ids: np.ndarray | None, action: np.ndarray) -> None:
         self.ctrl[:] = self.control(action)
+        before = self.diverged()
         self.batch.step(ids, nstep=self.frame_skip, stage=self.stage)
-        diverged = self.batch.warning[:, DIVERGED, 1].any(1)
-        if diverged.any():
-            gym.logger.warn(f"{type(self).__name__}: MuJoCo reset copies {np.flatnonzero(diverged)}: they diverged")
-            self.batch.warning[diverged] = 0
+        if (copies := np.flatnonzero(self.diverged() & ~before)).size:
+            gym.logger.warn(f"{type(self).__name__}: copies {copies} diverged, MuJoCo reset them")
+
+    def diverged(self):
+        return self.batch.warning[:, DIVERGED, 1].any(1)
 
     def control(self, action: np.ndarray) -> np.ndarray:
         """Actuator controls [num_envs, nu] of an action."""

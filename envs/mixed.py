@@ -75,6 +75,12 @@ class MixedVectorEnv(TaskVectorEnv):
             fell[mine] = part.terminated()[mine]
         return fell
 
+    def diverged(self):
+        broke = np.zeros(self.num_envs, bool)
+        for part, mine in self.rows():
+            broke[mine] = part.diverged()[mine]
+        return broke
+
     def render(self):
         frames = np.stack([part.render() for part in self.parts])  # [part, num_envs, height, width, 3]
         return tuple(frames[self.tasks.params[:, 0].astype(int), np.arange(self.num_envs)])
@@ -97,8 +103,9 @@ class AntCheetahDir(MixedVectorEnv):
 class ML2(MixedVectorEnv):
     """`ml2`: `cheetah-dir` (cluster 0) and `walker-dir` (cluster 1), each forward or backward by a fair coin.
 
-    Both robots have 17 observations and 6 actions: nothing but the dynamics tells them apart.
+    Both robots have 17 observations and 6 actions: nothing but the dynamics tells them apart. A step is 0.05 s of the
+    cheetah and 0.008 s of the walker.
     """
 
     robots = CheetahDir, WalkerDir
-    obs_dim, action_dim, task_dim, num_clusters, dt = 17, 6, 2, 2, 0.05
+    obs_dim, action_dim, task_dim, num_clusters, dt = 17, 6, 2, 2, 0.05  # dt is the cheetah's

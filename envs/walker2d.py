@@ -1,4 +1,4 @@
-"""The walker that must run in a direction (ProMP, Taming the Herd)."""
+"""The walker that must run in a direction (Taming the Herd; reward and termination of ProMP, Gym's frame skip)."""
 
 import numpy as np
 

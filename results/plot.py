@@ -83,12 +83,13 @@ def learning_curves(runs: list[Path], out: Path) -> None:
     if len(environments := {args["env"] for args in settings}) > 1:
         raise SystemExit(f"plot.py: error: runs of different environments: {', '.join(sorted(environments))}")
     (env,) = environments
-    same = {k for k in settings[0] if all(args.get(k) == settings[0][k] for args in settings)}
+    shared = [k for k in settings[0] if k not in NOT_THE_METHOD and all(k in args for args in settings)]
     for run, args in zip(runs, settings):
-        differs = [f"{k}={v}" for k, v in args.items() if k not in same | NOT_THE_METHOD]
+        differs = [f"{k}={args[k]}" for k in shared if any(args[k] != other[k] for other in settings)]
         groups[" ".join([args["script"], *differs])].append(read_csv(run / "eval.csv"))
     anchors = {action: scripted_return(env, settings[0].get("horizon"), action) for action in ("oracle", "still")}
-    columns = [k for k in next(iter(groups.values()))[0] if k.startswith("eval/return_")]
+    every = dict.fromkeys(k for tables in groups.values() for k in tables[0])
+    columns = [k for k in every if k.startswith("eval/return_")]
     pooled = [k for k in columns if "cluster" not in k]
     cluster = gym.make_vec(env).unwrapped.task_set("test").cluster
     draw_curves(groups, {k: (slice(None), anchors) for k in pooled}, env, 1, out / "learning_curve.png")
@@ -108,9 +109,11 @@ def draw_curves(groups: dict[str, list], panels: dict[str, tuple], env: str, row
     for i, (axis, (column, (tasks, anchors))) in enumerate(zip(axes.flat, panels.items())):
         levels = {action: level[tasks].mean() for action, level in anchors.items() if level is not None}
         seen[i // columns] += levels.values()
-        for label, tables in groups.items():
-            frames = reduce(np.intersect1d, [t["charts/frames"] for t in tables])
-            values = np.stack([t[column][np.isin(t["charts/frames"], frames)] for t in tables])
+        for label, tables in [(label, tables) for label, tables in groups.items() if column in tables[0]]:
+            common = reduce(np.intersect1d, [t["iteration"] for t in tables])
+            kept = [np.isin(t["iteration"], common) for t in tables]
+            frames = np.mean([t["charts/frames"][rows] for t, rows in zip(tables, kept)], axis=0)
+            values = np.stack([t[column][rows] for t, rows in zip(tables, kept)])
             (line,) = axis.plot(frames, values.mean(0), label=f"{label} ({len(tables)} seed{'s'[: len(tables) > 1]})")
             axis.fill_between(frames, *interval(values), alpha=0.25, color=line.get_color(), linewidth=0)
             seen[i // columns] += [values[:, len(frames) // 4 :].min(), values.max()]  # untrained agents may fall out
@@ -133,7 +136,7 @@ def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """Test goals (crosses) and traces, coloured by the cluster inferred after exploration, or else by the true one."""
     inferred = "q" in data
     guess = data["q"][0, -1].argmax(-1) if inferred else data["cluster"]
-    titles = [f"after {k} gradient steps" for k in range(len(data["trace"]))]
+    titles = [f"after {k} gradient step{'s'[k == 1 :]}" for k in range(len(data["trace"]))]
     titles = ["exploration episode", "exploitation episode"] if inferred else titles
     figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True)
     for axis, trace, title in zip(axes, data["trace"], titles):
@@ -154,9 +157,9 @@ def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> Non
     order = np.argsort(data["params"][:, 0])
     for k, returns in enumerate(data["returns"]):
         velocity, mean, sd = data["params"][order, 0], returns.mean(1)[order], returns.std(1)[order]
-        (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=f"after {k} gradient steps")
+        (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=f"after {k} gradient step{'s'[k == 1 :]}")
         axis.fill_between(velocity, mean - sd, mean + sd, alpha=0.2, color=line.get_color(), linewidth=0)
-    axis.set(xlabel="target velocity (m/s)", ylabel="return", title=env)
+    axis.set(xlabel="target velocity (m/s)", ylabel="return", title=f"{env}, α = {data['alpha']}")
     axis.legend(fontsize=8)
     save(figure, path)
 

@@ -52,12 +52,13 @@ def make_batch(policy: maml.GaussianPolicy, theta: torch.Tensor, args: maml.Args
 
 
 def make_data(policy, theta, args, tasks=6) -> list[maml.Batch]:
-    """D_0 .. D_n of some tasks."""
-    theta_k, data = theta.expand(tasks, -1), []
+    """D_0 .. D_n of some tasks, the last of which does not use the second action."""
+    theta_k, data, used = theta.expand(tasks, -1), [], torch.ones(tasks, 1, 2)
+    used[-1, 0, 1] = 0
     for k in range(args.inner_steps + 1):
         if k > 0:
             theta_k = maml.adapt(policy, theta_k, data[-1], args.alpha, args.inner_loss)
-        data.append(make_batch(policy, theta_k, args))
+        data.append(make_batch(policy, theta_k, args, used))
     return data
 
 
@@ -117,9 +118,9 @@ def test_log_prob_and_kl_are_those_of_the_gaussian():
     old, new = Normal(batch.mean, batch.log_std.exp()), Normal(mean, log_std.exp())
     constant = math.log(2 * math.pi)  # of two actions
     expected = new.log_prob(batch.action).sum(-1) + constant
-    torch.testing.assert_close(maml.log_prob(mean, log_std, batch).flatten(1), expected)
-    surrogate, kl = maml.surrogate_and_kl(mean, log_std, batch)
     weight = batch.weight.flatten(1)
+    torch.testing.assert_close(maml.log_prob(mean, log_std, batch).flatten(1), torch.where(weight > 0, expected, 0))
+    surrogate, kl = maml.surrogate_and_kl(mean, log_std, batch)
     torch.testing.assert_close(kl, (weight * kl_divergence(old, new).sum(-1)).sum(1))
     ratio = (new.log_prob(batch.action) - old.log_prob(batch.action)).sum(-1).exp()
     torch.testing.assert_close(surrogate, -(weight * ratio * batch.advantage.flatten(1)).sum(1))
@@ -254,10 +255,10 @@ def test_meta_gradient_and_hessian_against_finite_differences(kind, steps):
     assert surrogate == pytest.approx(objective(theta)[0].item())
 
 
-@pytest.mark.parametrize("kind, steps", list(product(FORMS, (0, 1, 2))))
-def test_meta_gradient_and_hessian_against_the_plain_version(kind, steps):
+@pytest.mark.parametrize("kind, steps, activation", [*product(FORMS, (0, 1, 2), ("tanh",)), ("dice", 2, "relu")])
+def test_meta_gradient_and_hessian_against_the_plain_version(kind, steps, activation):
     """Back-propagation through adaptation, twice for the KL; and JᵀFJ with dense matrices."""
-    args = small_args(inner_loss=kind, inner_steps=steps)
+    args = small_args(inner_loss=kind, inner_steps=steps, activation=activation)
     policy, theta = make_policy(args)
     data = make_data(policy, theta, args)
     _, gradient, hvp = maml.linearise(policy, theta, data, args)
@@ -276,8 +277,9 @@ def test_meta_gradient_and_hessian_against_the_plain_version(kind, steps):
         alone = data[-1].of(slice(i, i + 1))
         mean_of = lambda p: policy(p[None], alone.obs)[0][0]  # noqa: E731, B023
         G, weight = torch.autograd.functional.jacobian(mean_of, adapted[i]), alone.weight.flatten()
-        F = torch.einsum("nad,nae,n,a->de", G, G, weight, (-2 * alone.log_std[0, 0]).exp())
-        F[-2:, -2:] += 2 * torch.eye(2)
+        used = alone.used[0, 0]
+        F = torch.einsum("nad,nae,n,a->de", G, G, weight, used * (-2 * alone.log_std[0, 0]).exp())
+        F[-2:, -2:] += 2 * torch.diag(used)
         total = total + J.T @ F @ J @ v
     torch.testing.assert_close(hvp(v), total / len(jacobian))
 
@@ -483,7 +485,7 @@ def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(si
     monkeypatch.setattr(maml, "sample", lambda *a: sampled.append(a[3]) or sample(*a))
     monkeypatch.setattr(maml, "adapt", lambda *a: rates.append(a[3]) or adapt(*a))
     metrics, traces = maml.evaluate(env, tasks, policy, theta, args)
-    assert torch.equal(sampled[0], theta[[0, 1, 1, 0]]) and rates[:3] == [0.1, 0.1, 0.05]
+    assert torch.equal(sampled[0], theta[[0, 1, 1, 0]]) and rates == [0.1, 0.1, 0.05]
     assert traces["returns"].shape == (4, 4, 2)
     for k in range(4):
         mean = traces["returns"][k].mean(1)
@@ -507,7 +509,12 @@ def test_presets_and_explicit_flags():
         (["--env", "cheetah-vel", "--oracle"], "--oracle needs clusters, and cheetah-vel has none"),
         (["--tasks", "0"], "--tasks must be at least 1"),
         (["--inner-steps", "-1"], "--inner-steps must be at least 0"),
-        (["--alpha", "0"], "--alpha must be positive"),
+        (["--alpha", "0"], "--alpha, --action-scale and --delta must be positive"),
+        (["--alpha", "inf"], "--alpha must be finite"),
+        (["--gamma", "2"], "--gamma and --gae-lambda must be in [0, 1]"),
+        (["--damping", "-1"], "--damping at least 0"),
+        (["--seed", "99999999999999999999"], "--seed is too large"),
+        (["--env", "point-goal-4c", "--tasks", "3"], "--tasks must be at least 4, which hold every cluster"),
         (["--hidden", "0"], "--hidden"),
         (["--resume", "a", "--evaluate", "b"], "contradict"),
         (["--resume", "nowhere"], "not a run folder"),
@@ -518,3 +525,21 @@ def test_wrong_input_gets_one_line(flags, message):
         maml.parse_args(flags)
     assert str(caught.value).startswith("maml.py: error: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_learner_of_multi_maml_gets_the_tasks_of_its_cluster(single, monkeypatch, tmp_path):
+    """And does with them what a single MAML would."""
+    args = maml.Args(rollouts=2, horizon=5, tasks=4, oracle=True, iterations=1, run_dir=str(tmp_path), num_threads=1)
+    steps, batches, trpo_step, sample = [], [], maml.trpo_step, maml.sample
+    monkeypatch.setattr(maml.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(maml, "sample", lambda env, *a: batches.append((env, sample(env, *a))) or batches[-1][1])
+    monkeypatch.setattr(maml, "trpo_step", lambda p, t, *a: steps.append((p, t.clone(), *a)) or trpo_step(p, t, *a))
+    maml.train(args)
+    (env, before), (_, after) = batches[2:4]  # between the evaluations
+    cluster = env.unwrapped.tasks.cluster[::2]
+    assert sorted(cluster) == [0, 0, 1, 1] and len(steps) == 2
+    saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)["agent"]["theta"]
+    for m, (policy, theta, data, _) in enumerate(steps):
+        for batch, everyones in zip(data, (before, after)):
+            assert torch.equal(batch.obs, everyones.obs[cluster == m])
+        assert torch.equal(saved[m], trpo_step(policy, theta, data, args)[0])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import maml
 import milet
+import numpy as np
 import probes  # noqa: F401
 import pytest
 import torch
@@ -53,11 +55,11 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def plot(path: Path) -> set[str]:
-    """The names of the figures of a run."""
-    result = subprocess.run([sys.executable, str(ROOT / "results" / "plot.py"), str(path)], capture_output=True)
+def plot(*paths: Path) -> set[str]:
+    """The names of the figures of a run, or of several."""
+    result = subprocess.run([sys.executable, str(ROOT / "results" / "plot.py"), *map(str, paths)], capture_output=True)
     assert result.returncode == 0, result.stderr
-    return {p.name for p in (path / "figures").iterdir()}
+    return {p.name for p in (paths[0] / "figures").iterdir()}
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> Path:
@@ -172,10 +174,21 @@ def test_evaluate_gives_what_training_logged(finished, script):
         assert f" {k} {float(last[EVALUATED[script].format(k)]):.1f}" in output
 
 
-def test_maml_evaluates_with_other_steps_and_rates(finished):
-    output = run("maml", "--evaluate", finished["maml"], "--eval-steps", 4, "--alpha", 0.01).stdout
-    last = rows(finished["maml"] / "eval.csv")[-1]
-    assert f"step 0 {float(last['eval/return_step_0']):.1f}" in output and "step 4" in output
+def test_maml_evaluates_with_other_steps_and_rates(finished, tmp_path):
+    path = shutil.copytree(finished["maml"], tmp_path / "run")
+    last = rows(path / "eval.csv")[-1]
+    for alpha in (0.1, 1e-6):
+        output = run("maml", "--evaluate", path, "--eval-steps", 4, "--alpha", alpha).stdout
+        values = {k: float(last[f"eval/return_step_{k}"]) for k in (0, 1)}
+        same = {k: f"eval/return_step_{k} {value:.2f}\n" in output for k, value in values.items()}
+        assert same == {0: True, 1: alpha == 0.1} and "eval/return_step_4_cluster_1" in output
+    assert float(np.load(path / "eval.npz")["alpha"]) == 1e-6
+
+
+def test_maml_goes_on_for_more_iterations(finished, tmp_path):
+    path = shutil.copytree(finished["maml"], tmp_path / "run")
+    run("maml", "--resume", path, "--iterations", 14)
+    assert [int(r["iteration"]) for r in rows(path / "eval.csv")] == list(range(15))
 
 
 @scripts
@@ -208,6 +221,11 @@ def test_maml_plots(finished, tmp_path):
     for env, figure in (("cheetah-vel", "return_by_velocity.png"), ("point-goal-4c", "cluster_map.png")):
         run("maml", "--env", env, "--iterations", 1, "--run-dir", tmp_path / env, *QUICK["maml"])
         assert figure in plot(only_run(tmp_path / env))
+    flags = ["--env", "ml2", "--oracle", "--iterations", 2, *QUICK["maml"]]
+    other = [["--seed", 1], ["--inner-steps", 1]]  # another number of frames; another number of gradient steps
+    for i, change in enumerate(other):
+        run("maml", *flags, *change, "--run-dir", tmp_path / str(i))
+    assert plot(*(only_run(tmp_path / str(i)) for i in (1, 0)), finished["maml"])
 
 
 @pytest.mark.parametrize("script, flag", [("milet", "--lr-vae"), ("maml", "--alpha")])
