@@ -31,8 +31,8 @@ Deviations from the paper (P) or the official codes (C)
   D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
   D11 P's Pretrain is TRPO on pooled rollouts; here (--inner-steps 0) baseline and advantages stay those of each task.
 
-Tested       python algos/maml.py --env cheetah-dir   (32 million frames, 33 minutes on one core of an AMD EPYC beside
-             another run): return after one gradient step 146 at meta-iteration 50, 172 at 200; before it -2.
+Tested       python algos/maml.py --env cheetah-dir   (32 million frames, 33 minutes on one core of an AMD EPYC): return
+             after one gradient step 146 and 147 at meta-iteration 50 (two seeds), 172 and 183 at 200; before it -2.
 """
 
 import argparse
