@@ -17,22 +17,24 @@ Symbols      θ -> theta [d], all parameters as one vector, log σ included; θ_
              D_k -> Batch; π_θ(a|s) -> GaussianPolicy; A -> advantage [task, rollout, step]; δ -> delta
 
 Deviations from the paper (P) or the official codes (C)
-  D1  P has the return in Eq. (4); here advantages of a linear baseline, normalised in each task, as C.
+  D1  P has the return, minus a linear baseline, in Eq. (4); here GAE, normalised in each task, as C.
   D2  P is silent on the end of an episode: the value after the last step is 0, time limit or fall, as C.
-  D3  C takes finite differences of ∇KL; here J_iᵀ F_i J_i, the exact Hessian at θ, damped by 1e-5.
-  D4  ProMP collects K H steps a task, and drops tails; here K episodes, and what follows a fall is masked.
+  D3  P and C take finite differences of ∇KL; here J_iᵀ F_i J_i, the exact Hessian at θ, damped by 1e-5.
+  D4  ProMP fills M K H steps over all tasks, and drops tails; here K episodes a task, and nothing after a fall.
   D5  ProMP floors σ at 1e-6 before adaptation only; here always.
   D6  C tries a larger ridge when the baseline is NaN; here when the Cholesky factorisation fails.
   D7  ProMP's DiCE has rewards minus a baseline; here the advantages (Loaded DiCE, Farquhar et al. 2019), so that all
       inner losses have the same gradient where the data was sampled, and one α fits them. Its box is the ratio to the
       policy that sampled: the same derivatives there, and right away from it too.
   D8  CML leaves the actions that pad a small robot in π, as noise; so here (--mask-pad-actions takes them out).
-  D9  P takes α / 2 at test after the first step; here after as many steps as in training.
+  D9  P takes α / 2 at test after the first step; here after as many steps as in training (at least one).
   D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
-  D11 P's Pretrain is TRPO on pooled rollouts; here (--inner-steps 0) baseline and advantages stay those of each task.
+  D11 Pretrain, C: TRPO on pooled rollouts, their goal apparently drawn once. Here (--inner-steps 0) the tasks, rollouts,
+      baselines and advantages of MAML, without its inner step.
 
-Tested       python algos/maml.py --env cheetah-dir   (32 million frames, 33 minutes on one core of an AMD EPYC): return
-             after one gradient step 146 and 147 at meta-iteration 50 (two seeds), 172 and 183 at 200; before it -2.
+Tested       python algos/maml.py --env cheetah-dir --num-threads 1   (32 million frames, 36 minutes on one core of an
+             AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183 at 200;
+             before it -2.
 """
 
 import argparse
@@ -103,7 +105,7 @@ class Args:
 
 PRESETS = {
     "promp": {},  # ProMP's maml_run_mujoco and CML, with damping; they run 1001 meta-iterations
-    "finn": dict(horizon=200, hidden=(100, 100), activation="relu"),  # the paper's horizon and network, App. A.2
+    "finn": dict(horizon=200, hidden=(100, 100), activation="relu"),  # the paper's horizon and network (§5.3)
 }
 
 # == Networks ==========================================================================================================
