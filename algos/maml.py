@@ -29,12 +29,12 @@ Deviations from the paper (P) or the official codes (C)
   D8  CML leaves the actions that pad a small robot in π, as noise; so here (--mask-pad-actions takes them out).
   D9  P takes α / 2 at test after the first step; here after as many steps as in training (at least one).
   D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
-  D11 Pretrain, C: TRPO on pooled rollouts, their goal apparently drawn once. Here (--inner-steps 0) the tasks, rollouts,
-      baselines and advantages of MAML, without its inner step.
+  D11 C's Pretrain is TRPO on pooled rollouts, of a goal apparently drawn once; here (--inner-steps 0) the tasks,
+      rollouts, baselines and advantages of MAML, without its inner step.
 
 Tested       python algos/maml.py --env cheetah-dir --num-threads 1   (32 million frames, 36 minutes on one core of an
-             AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183 at 200;
-             before it -2.
+             AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183 at
+             200; before it -2.
 """
 
 import argparse

@@ -110,7 +110,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         return Tasks(self.draw(cluster, rng), cluster)
 
     def task_set(self, split: str) -> Tasks:
-        """The fixed "train" (500) or "test" (num_test_tasks) tasks: the same for every seed, in turn over cluster_cycle.
+        """The fixed "train" (500) or "test" (num_test_tasks) tasks, the same for every seed, clusters in turn.
 
         Disjoint wherever there are enough tasks (two directions are all in both). Drawn in one go from NumPy's legacy
         generator with seed 123, as MILET's official code does, so that goals and directions are the paper's own.
