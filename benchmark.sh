@@ -5,6 +5,7 @@
 #   ./benchmark.sh milet-mujoco      ant-goal-4c (5 million frames), hopper-params-4c and walker-params-4c (1 million)
 #   ./benchmark.sh maml              cheetah-dir (2 seeds) and cheetah-vel, 32 million frames each, and ant-dir, 16 million
 #   ./benchmark.sh maml-mixed        MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each, and their curves
+#   ./benchmark.sh pearl-point       PEARL on point-goal-4c, 3 seeds, and the figures
 # SLURM=1 submits each run as a job instead of running them one after the other.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -33,5 +34,9 @@ case "${1:-}" in
     run python algos/maml.py --env ant-cheetah-dir --iterations 100 --oracle --run-dir runs/maml-mixed
     [ "${SLURM:-}" ] || python results/plot.py runs/maml-mixed/* --out runs/maml-mixed-figures
     ;;
-  *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  pearl-point)
+    for seed in 0 1 2; do run python algos/pearl.py --env point-goal-4c --seed "$seed" --run-dir runs/pearl-point; done
+    [ "${SLURM:-}" ] || python results/plot.py runs/pearl-point/* --out runs/pearl-point-figures
+    ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

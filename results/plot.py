@@ -136,16 +136,17 @@ def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """Test goals (crosses) and traces, coloured by the cluster inferred after exploration, or else by the true one."""
     inferred = "q" in data
     guess = data["q"][0, -1].argmax(-1) if inferred else data["cluster"]
-    titles = [f"after {k} gradient step{'s'[k == 1 :]}" for k in range(len(data["trace"]))]
-    titles = ["exploration episode", "exploitation episode"] if inferred else titles
-    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True)
-    for axis, trace, title in zip(axes, data["trace"], titles):
+    titles = [f"episode {k}" for k in range(1, len(data["trace"]) + 1)]
+    if "alpha" in data:
+        titles = [f"after {k} gradient step{'s'[k == 1 :]}" for k in range(len(data["trace"]))]
+    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True, squeeze=False)
+    for axis, trace, title in zip(axes[0], data["trace"], titles):
         for i, goal in enumerate(data["params"]):
             colour = CLUSTER_COLOURS[guess[i] % 10]
             axis.plot(*trace[:, i].T, color=colour, linewidth=0.8, alpha=0.7)
             axis.plot(*goal, "x", color=colour, markersize=7, markeredgewidth=2)
         axis.set(title=title, aspect="equal", xlabel="x")
-    axes[0].set_ylabel("y")
+    axes[0][0].set_ylabel("y")
     clusters = f"inferred clusters, NMI {nmi(data['cluster'], guess):.2f}" if inferred else "true clusters"
     figure.suptitle(f"{env}: {len(np.unique(guess))} {clusters}")
     save(figure, path)
@@ -189,16 +190,20 @@ def belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
 
 
 def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """PCA and t-SNE of the task embeddings (means of z) after exploration; colour inferred, shape true cluster."""
-    mean = data["latent"][0, -1, :, : data["latent"].shape[-1] // 2]  # [task, latent_dim]
-    guess = data["q"][0, -1].argmax(-1)
+    """PCA and t-SNE of the task embeddings (means of z) after exploration; colour inferred, shape true cluster.
+
+    Where no clusters are inferred, the colour is the true cluster too.
+    """
+    latent = data["latent"][0, -1] if "q" in data else data["latent"]  # mean and variance of z
+    mean = latent[:, : latent.shape[1] // 2]  # [task, latent_dim]
+    guess = data["q"][0, -1].argmax(-1) if "q" in data else data["cluster"]
     maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(mean) - 1), random_state=0)}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
     for axis, (name, method) in zip(axes, maps.items()):
         for (x, y), inferred, true in zip(method.fit_transform(mean), guess, data["cluster"]):
             axis.plot(x, y, "os^Dv<>"[true % 7], color=CLUSTER_COLOURS[inferred % 10], markersize=6, alpha=0.8)
         axis.set_title(f"{name} of the task embeddings")
-    figure.suptitle(f"{env}: colour inferred cluster, shape true cluster")
+    figure.suptitle(f"{env}: " + ("colour inferred, shape true cluster" if "q" in data else "true clusters"))
     save(figure, path)
 
 
@@ -240,6 +245,7 @@ def main(options: Options) -> None:
         cluster_map(args["env"], data, out / "cluster_map.png")
     if "q" in data:
         belief(args["env"], data, out / "belief.png")
+    if "latent" in data:
         embedding(args["env"], data, out / "embedding.png")
     if "vel" in args["env"] and "returns" in data:
         return_by_velocity(args["env"], data, out / "return_by_velocity.png")

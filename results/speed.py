@@ -20,7 +20,8 @@ import numpy as np
 import envs
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ["what", "copies", "frames_per_s", "share", "sample_share", "sample_s", "update_s", "peak_memory_gb"]
+COLUMNS = ["what", "copies", "frames_per_s", "share", "sample_share", "sample_s", "update_s", "updates_per_s"]
+COLUMNS += ["peak_memory_gb"]
 
 CHILD = """
 import sys; sys.path.insert(0, {algos!r})
@@ -116,6 +117,13 @@ def main() -> None:
     limit = add_limit("cheetah-dir", 800, untrained)
     median = measure("maml", 4, ["--env", "cheetah-dir", "--iterations", "14"])
     add(share("maml.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, 160_000, median))
+
+    for env_id, batch in {"cheetah-dir": "4 x 256", "ant-dir": "16 x 256"}.items():
+        flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
+        flags += ["--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice 200 steps
+        median, limit = measure("pearl", 1, flags), add_limit(env_id, 25)
+        row = share(f"pearl.py {env_id}, batch {batch}", 25, limit, 10_000, median)
+        add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
 
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
         file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")

@@ -15,22 +15,26 @@ from pathlib import Path
 import maml
 import milet
 import numpy as np
+import pearl
 import probes  # noqa: F401
 import pytest
 import torch
 from conftest import ROOT
 
-MODULES = {"milet": milet, "maml": maml}
+MODULES = {"milet": milet, "maml": maml, "pearl": pearl}
 QUICK = {  # flags of a short run
     "milet": "--vae-batch 8 --elbo-terms 4 --decodes 5 --buffer-trials 64",
     "maml": "--tasks 4 --rollouts 2 --inner-steps 2 --horizon 50",
+    "pearl": "--train-tasks 4 --horizon 50 --initial-steps 100 --visits 2 --prior-steps 100 --posterior-steps 100 "
+    "--extra-steps 50 --gradient-steps 3 --batch 16 --context 16 --meta-batch 4 --hidden 16 16 --encoder-hidden 16",
 }
 QUICK = {script: f"{flags} --eval-every 1 --save-every 2 --num-threads 1".split() for script, flags in QUICK.items()}
 LONG = {  # twelve meta-iterations; MILET's buffer is full after 4: trials are overwritten before and after a kill
     "milet": "--env hopper-params-4c --frames 38400".split(),
     "maml": "--env ml2 --oracle --iterations 12".split(),
+    "pearl": "--env ml2 --iterations 12".split(),
 }
-EVALUATED = {"milet": "eval/return_episode_{}", "maml": "eval/return_step_{}"}
+EVALUATED = {"milet": "eval/return_episode_{}", "maml": "eval/return_step_{}", "pearl": "eval/return_episode_{}"}
 CLOCK = ("charts/sps", "time/sample", "time/ppo", "time/elbo", "time/update")
 scripts = pytest.mark.parametrize("script", MODULES)
 
@@ -112,6 +116,19 @@ def test_probe_bandit_is_solved_after_one_gradient_step(tmp_path, keep_signals):
     first, last = (rows(only_run(tmp_path) / "eval.csv")[i] for i in (0, -1))
     assert float(first["eval/return_step_1"]) < -0.9
     assert float(last["eval/return_step_1"]) > -0.1 and float(last["eval/return_step_0"]) < -0.9
+
+
+def test_probe_pearl_infers_the_goal_from_one_episode(tmp_path, keep_signals):
+    """Without the task the best return is -10; after an episode with its rewards, who infers the goal gets 0."""
+    args = pearl.Args(
+        env="probe-guess-sign", run_dir=str(tmp_path), horizon=10, train_tasks=20, initial_steps=20, visits=10,
+        prior_steps=20, extra_steps=20, gradient_steps=100, iterations=15, eval_every=15, num_threads=1, batch=32,
+        hidden=(32, 32), encoder_hidden=(32,), context=10, meta_batch=8, lr=3e-3, gamma=0.5,
+    )  # fmt: skip
+    pearl.train(args)
+    first, last = (rows(only_run(tmp_path) / "eval.csv")[i] for i in (0, -1))
+    assert float(first["eval/return_episode_2"]) < -8
+    assert float(last["eval/return_episode_2"]) > -3 > float(last["eval/return_episode_1"])
 
 
 @scripts
@@ -216,6 +233,12 @@ def test_no_exploration_tracks_offline_and_plots(tmp_path):
     assert plot(path) == curves | {"cluster_map.png", "belief.png", "embedding.png", "reward_weights.png"}
 
 
+def test_pearl_plots(tmp_path):
+    run("pearl", "--env", "point-goal-4c", "--iterations", 1, "--run-dir", tmp_path, *QUICK["pearl"])
+    curves = {"learning_curve.png", "learning_curve_clusters.png"}
+    assert plot(only_run(tmp_path)) == curves | {"cluster_map.png", "embedding.png"}
+
+
 def test_maml_plots(finished, tmp_path):
     assert plot(finished["maml"]) == {"learning_curve.png", "learning_curve_clusters.png"}
     for env, figure in (("cheetah-vel", "return_by_velocity.png"), ("point-goal-4c", "cluster_map.png")):
@@ -228,7 +251,7 @@ def test_maml_plots(finished, tmp_path):
     assert plot(*(only_run(tmp_path / str(i)) for i in (1, 0)), finished["maml"])
 
 
-@pytest.mark.parametrize("script, flag", [("milet", "--lr-vae"), ("maml", "--alpha")])
+@pytest.mark.parametrize("script, flag", [("milet", "--lr-vae"), ("maml", "--alpha"), ("pearl", "--lr")])
 def test_nan_stops_the_run(tmp_path, script, flag):
     flags = ["--env", "point-goal-4c", flag, "1e30", "--run-dir", tmp_path, *QUICK[script]]
     result = run(script, *flags, ok=False)

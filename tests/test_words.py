@@ -14,7 +14,11 @@ import envs
 
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = {"milet": "--frames 9600", "maml": "--iterations 2 --tasks 2 --rollouts 2"}  # flags of a short run
+SHORT = {  # flags of a short run
+    "milet": "--frames 9600",
+    "maml": "--iterations 2 --tasks 2 --rollouts 2",
+    "pearl": "--iterations 2 --train-tasks 4 --initial-steps 200 --prior-steps 200 --gradient-steps 2",
+}
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
 
 
