@@ -3,7 +3,8 @@
 The physics limit of an environment is the rate of bare `Batch.step` calls with random controls, with the copies,
 threads, bound fields and stage of the environment. Uniform controls, unless a script acts otherwise: how fast a robot
 is simulated depends on how it moves. A script is judged by the share of the limit that it reaches while it samples and
-end to end (median iteration after a warm-up, evaluation and checkpoints left out), with a full buffer.
+end to end (median iteration after a warm-up, evaluation and checkpoints left out), with a full buffer. For the 800
+copies of maml.py bare physics and sampling are timed in turn, because a machine's speed drifts by more than the rest.
 """
 
 import csv
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 import envs
 
@@ -79,8 +81,28 @@ def measure(script: str, warm_up: int, flags: list[str], before: str = "") -> di
     return medians | {"peak_memory_gb": float(output.split()[-1])}
 
 
-def share(what: str, copies: int, limit: float, frames: int, median: dict[str, float]) -> dict[str, str | float]:
-    """The row of a script that takes so many frames an iteration."""
+def maml_sampling(rounds: int = 12) -> tuple[float, float]:
+    """Frames per second of bare physics and of sampling, both with an untrained policy's actions, timed in turn."""
+    sys.path.insert(0, str(ROOT / "algos"))
+    import maml
+
+    args, rng = maml.Args(), torch.Generator().manual_seed(0)
+    env = gym.make_vec(args.env, num_envs=args.tasks * args.rollouts)
+    tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(0))
+    policy = maml.GaussianPolicy(env.unwrapped.obs_dim, env.unwrapped.action_dim, args)
+    theta, seconds = policy.init(rng).expand(args.tasks, -1), []
+    for _ in range(rounds):
+        bare = env.num_envs * args.horizon / physics_limit(args.env, env.num_envs, untrained, seconds=0.1)
+        begin = time.perf_counter()
+        maml.sample(env, tasks, policy, theta, rng, args)
+        seconds.append((bare, time.perf_counter() - begin))
+    bare, sampling = env.num_envs * args.horizon / np.median(seconds[2:], axis=0)
+    return float(bare), float(sampling)
+
+
+def share(what: str, copies: int, limit: float, median: dict[str, float]) -> dict[str, str | float]:
+    """The row of a script in the table."""
+    frames = median["charts/sps"] * (median["time/sample"] + median["time/update"])
     return {
         "what": what,
         "copies": copies,
@@ -100,10 +122,9 @@ def main() -> None:
         table.append(row)
         print(row, flush=True)
 
-    def add_limit(env_id: str, copies: int, actions=uniform) -> float:
-        rate = physics_limit(env_id, copies, actions)
-        name = f"physics limit {env_id}" + (", untrained policy" if actions is untrained else "")
-        add({"what": name, "copies": copies, "frames_per_s": round(rate)})
+    def add_limit(env_id: str, copies: int) -> float:
+        rate = physics_limit(env_id, copies)
+        add({"what": f"physics limit {env_id}", "copies": copies, "frames_per_s": round(rate)})
         return rate
 
     limits = {}
@@ -113,16 +134,18 @@ def main() -> None:
     for name, flags in {"exact update": [], "--decodes 50": ["--decodes", "50"]}.items():
         flags = ["--env", "ant-goal-4c", "--frames", str(40 * 3200), *flags]
         median = measure("milet", 10, flags, FULL_BUFFER)
-        add(share(f"milet.py ant-goal-4c, {name}", 16, limits["ant-goal-4c", 16], 3200, median))
-    limit = add_limit("cheetah-dir", 800, untrained)
+        add(share(f"milet.py ant-goal-4c, {name}", 16, limits["ant-goal-4c", 16], median))
+    limit, sampling = maml_sampling()
+    add({"what": "physics limit cheetah-dir, untrained policy", "copies": 800, "frames_per_s": round(limit)})
     median = measure("maml", 4, ["--env", "cheetah-dir", "--iterations", "14"])
-    add(share("maml.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, 160_000, median))
+    row = share("maml.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median)
+    add(row | {"sample_share": round(sampling / limit, 3)})
 
     for env_id, batch in {"cheetah-dir": "4 x 256", "ant-dir": "16 x 256"}.items():
         flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
         flags += ["--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice 200 steps
         median, limit = measure("pearl", 1, flags), add_limit(env_id, 25)
-        row = share(f"pearl.py {env_id}, batch {batch}", 25, limit, 10_000, median)
+        row = share(f"pearl.py {env_id}, batch {batch}", 25, limit, median)
         add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
 
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
