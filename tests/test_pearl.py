@@ -447,7 +447,7 @@ def test_every_preset_names_an_environment_and_fields():
         (["--tau", "0"], "--tau in (0, 1]"),
         (["--lr", "nan"], "--lr must be finite"),
         (["--reward-scale", "-1"], "must be positive"),
-        (["--env", "point-goal-4c", "--eval-prior-episodes", "3"], "at most --eval-episodes"),
+        (["--env", "point-goal-4c", "--eval-prior-episodes", "5"], "at most --eval-episodes"),
         (["--resume", "nowhere"], "not a run folder"),
     ],
 )

@@ -122,7 +122,7 @@ def test_probe_pearl_infers_the_goal_from_one_episode(tmp_path, keep_signals):
     """Without the task the best return is -10; after an episode with its rewards, who infers the goal gets 0."""
     args = pearl.Args(
         env="probe-guess-sign", run_dir=str(tmp_path), horizon=10, train_tasks=20, initial_steps=20, visits=10,
-        prior_steps=20, extra_steps=20, gradient_steps=100, iterations=15, eval_every=15, num_threads=1, batch=32,
+        prior_steps=20, extra_steps=20, gradient_steps=100, iterations=30, eval_every=30, num_threads=1, batch=32,
         hidden=(32, 32), encoder_hidden=(32,), context=10, meta_batch=8, lr=3e-3, gamma=0.5,
     )  # fmt: skip
     pearl.train(args)
