@@ -8,9 +8,9 @@ Objective    min over φ, Q:  E_z[ Σ_j (Q_j(s,a,z) - [ρ r + γ V̄(s',z)])² ]
              z ~ q_φ(z|c) ∝ Π_n N(z; μ_φ(c_n), σ²_φ(c_n)), a product over the transitions c_n of a context c;
              ã ~ π(·|s,z). Only the critic and the KL train φ: V and π see a z without gradient.
 
-Algorithm 1  l. 2    a replay buffer for every training task -> Buffer
-             l. 4-9  collect with z from the prior, and with z from the posterior of the context -> collect
-             l. 11-21 gradient steps on φ, Q, V, π -> gradient_step
+Algorithm 1  what every training task has seen -> Buffer
+             collect with z from the prior, and with z from the posterior of the context -> collect
+             gradient steps on φ, Q, V, π -> gradient_step
 Algorithm 2  a test task: z from the prior, act, update the context, z from the posterior -> evaluate
 
   one visit to a task   |  prior block           |  posterior block                       |  extra block
@@ -75,7 +75,7 @@ class Args:
     num_threads: int = 0  # of physics and updates (0: all CPUs)
     iterations: int = 500  # of collecting and training
     eval_every: int = 10  # iterations between evaluations on the held-out tasks
-    save_every: int = 50  # iterations between checkpoints
+    save_every: int = 5  # iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
     run_dir: str = "runs"  # folder for the run's own folder
     resume: str | None = None  # run folder to continue (its args.json applies)
@@ -130,7 +130,7 @@ PRESETS = {
 
 
 class MLP(nn.Module):
-    """`copies` networks of ReLU layers in one batched call, with the initialisation of the official code."""
+    """`copies` networks of ReLU layers, evaluated together, with the initialisation of the official code."""
 
     def __init__(self, *sizes: int, copies: int = 1, last: float = 3e-3):
         super().__init__()
@@ -141,21 +141,21 @@ class MLP(nn.Module):
             self.weights.append(torch.empty(copies, inputs, outputs).uniform_(-weight, weight))
             shape = copies, 1, outputs
             self.biases.append(torch.full(shape, 0.1) if bias is None else torch.empty(shape).uniform_(-bias, bias))
+        self.layers = list(zip(self.weights, self.biases))  # once: reading a ParameterList takes longer than a layer
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Inputs, joined along the last dimension, [row, ·] -> [copies, row, out]."""
-        x, copies = torch.cat(parts, dim=-1), len(self.weights[0])
-        *hidden, (weight, bias) = zip(self.weights, self.biases)
+        x, (*hidden, (weight, bias)) = torch.cat(parts, dim=-1), self.layers
         if x.device.type == "cpu" and len(x) >= 512:  # oneDNN's products are faster than batched ones, if large
-            return torch.stack([self.one(x.to_mkldnn(), i).to_dense() for i in range(copies)])
-        x = x.expand(copies, -1, -1)
+            return torch.stack([self.one(x.to_mkldnn(), i).to_dense() for i in range(len(weight))])
+        x = x.expand(len(weight), -1, -1)
         for w, b in hidden:
             x = torch.baddbmm(b, x, w).relu_()
         return torch.baddbmm(bias, x, weight)
 
     def one(self, x: Tensor, i: int) -> Tensor:
         """Network i, [row, ·] -> [row, out]."""
-        *hidden, (weight, bias) = zip(self.weights, self.biases)
+        *hidden, (weight, bias) = self.layers
         for w, b in hidden:
             x = F.linear(x, w[i].T, b[i, 0]).relu()
         return F.linear(x, weight[i].T, bias[i, 0])
@@ -383,7 +383,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 def gradient_step(
     agent: nn.ModuleDict, optimizers: dict[str, torch.optim.Optimizer], buffer: Buffer, rng: torch.Generator, args: Args
 ) -> dict[str, Tensor]:
-    """Algorithm 1, l. 11-21, in the order of the official code; the terms of the losses."""
+    """A training step of Algorithm 1, in the order of the official code; the terms of the losses."""
     tasks = torch.randint(len(buffer.size), (args.meta_batch,), generator=rng)
     *context, _ = buffer.sample_context(tasks, args.context, rng)
     batch = [x.flatten(0, 1).to(args.device) for x in buffer.sample(tasks, args.batch, rng)]  # [row, ·]
@@ -581,7 +581,8 @@ def train(args: Args) -> None:
     name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = Run(Path(args.resume or Path(args.run_dir) / name), args, done, args.iterations)
     run.say(f"{SCRIPT}.py · {args.env} · seed {args.seed} · {args.device}, {args.num_threads} threads")
-    run.say(f"{args.iterations:,} iterations of {args.gradient_steps:,} gradient steps -> {run.path}")
+    size = f"{len(train_tasks)} training tasks, {args.iterations:,} iterations of {args.gradient_steps:,} updates"
+    run.say(f"{size} -> {run.path}")
     stop = []  # the signals received: finish the iteration, save, leave
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda received, _: stop.append(received))
@@ -620,7 +621,7 @@ def train(args: Args) -> None:
         if done == 0:
             evaluate_and_log(0)
         for iteration in range(done + 1, args.iterations + 1):
-            # l. 4-9: visit some tasks. A first episode has its z from the prior in every block.
+            # Alg. 1, data: visit some tasks. A first episode has its z from the prior in every block.
             begin, before = time.time(), frames
             tasks = torch.randint(len(train_tasks), (args.visits,), generator=rng)
             returns = {"train/return_prior": visit(tasks, prior_z(tasks, prior), to_context=True, clear=True)}
@@ -632,7 +633,7 @@ def train(args: Args) -> None:
                 returns["train/return_extra"] = visit(tasks, z, to_context=False)
             sampling = time.time() - begin
 
-            # l. 11-21: train on all tasks
+            # Alg. 1, training: on all tasks
             terms = [gradient_step(agent, optimizers, buffer, rng, args) for _ in range(args.gradient_steps)]
             seconds = time.time() - begin
 
@@ -717,7 +718,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     default = load_args(folder) if folder else Args(**{"env": env} | PRESETS.get(env, {}))
     args = tyro.cli(Args, default=default, args=argv, description=__doc__.split("\n")[0])
     free = ("resume", "evaluate", "device", "num_threads", "track", "run_dir")
-    free += ("eval_episodes", "eval_prior_episodes") if args.evaluate else ()
+    free += ("eval_episodes", "eval_prior_episodes") if args.evaluate else ("iterations",)
     changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
     if folder and changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")

@@ -196,6 +196,7 @@ def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """
     latent = data["latent"][0, -1] if "q" in data else data["latent"]  # mean and variance of z
     mean = latent[:, : latent.shape[1] // 2]  # [task, latent_dim]
+    mean = np.pad(mean, ((0, 0), (0, max(0, 2 - mean.shape[1]))))  # a point in the plane needs two numbers
     guess = data["q"][0, -1].argmax(-1) if "q" in data else data["cluster"]
     maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(mean) - 1), random_state=0)}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))

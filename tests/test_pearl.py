@@ -1,6 +1,7 @@
 """PEARL's mathematics: the posterior, the losses against slow references, buffers and blocks of collection."""
 
 import copy
+import functools
 import math
 
 import gymnasium as gym
@@ -165,6 +166,11 @@ def test_tokens_with_and_without_the_next_state():
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_slow_copy_starts_at_v(agent):
+    for slow, fast in zip(agent["target"].parameters(), agent["v"].parameters()):
+        assert torch.equal(slow, fast) and slow is not fast and not slow.requires_grad
+
+
 def row_batch(rows=20) -> list[torch.Tensor]:
     torch.manual_seed(2)
     terminated = (torch.rand(rows, 1) < 0.3).float()
@@ -303,6 +309,10 @@ def test_buffer_keeps_the_steps_taken_and_their_successors():
     assert {tuple(r) for r in drawn} == {tuple(r) for r in rows}, "a fall ends, a time limit does not"
 
 
+def cache_of_envs(env_id: str, horizon: int):
+    return functools.cache(lambda n: gym.make_vec(env_id, num_envs=n, horizon=horizon))
+
+
 def marked(value: float, copies: int) -> pearl.Episodes:
     return make_episodes(copies, 10)._replace(reward=torch.full((copies, 10), value))
 
@@ -379,22 +389,43 @@ def test_blocks_of_an_iteration(monkeypatch, tmp_path):
     assert torch.equal(calls[3][1][:, 0], draws[0]) and torch.equal(calls[4][1][:, 1:], draws[1].view(2, 3, 2)[:, 1:])
 
 
-def test_rollout_replayed_one_copy_at_a_time(agent):
+def test_a_task_visited_twice_keeps_one_prior_block_and_both_posterior_blocks(agent):
+    args, env = small_args(env="point-goal-4c", horizon=10), cache_of_envs("point-goal-4c", 10)
+    net, tasks = pearl.make_agent(2, 2, args), env(1).unwrapped.task_set("train")[:3]
+    buffer, twice = pearl.Buffer(3, 500, 2, 2), torch.tensor([1, 1])
+    for to_context, clear in ((True, True), (True, False), (False, False)):
+        pearl.collect(env, net, buffer, tasks, twice, torch.zeros(2, 4, 2), generator(), to_context, clear)
+    assert buffer.size.tolist() == [0, 3 * 2 * 40, 0]
+    assert (buffer.context_start[1], buffer.context_end[1]) == (40, 160), "D1"
+
+
+def make_fall(policy: pearl.MLP) -> None:
+    """A walker's: strong actions, of little noise."""
+    policy.biases[-1].data[..., :6], policy.biases[-1].data[..., 6:] = 1.0, -1.5
+
+
+@pytest.mark.parametrize("test", [True, False])
+def test_rollout_replayed_one_copy_at_a_time(agent, test):
     torch.manual_seed(0)
     args = small_args()
     net = pearl.make_agent(17, 6, args)["policy"]
-    env = gym.make_vec("walker-dir", num_envs=3, horizon=90)
+    env = gym.make_vec("walker-dir", num_envs=3, horizon=200)
     tasks, z = env.unwrapped.sample_tasks(3, np.random.default_rng(0)), torch.randn(3, 2)
-    episodes = pearl.rollout(env, tasks, net, z, generator(4), test=True)
-    seed = pearl.random_seed(generator(4))
+    make_fall(net)
+    rng = generator(4)
+    episodes = pearl.rollout(env, tasks, net, z, rng, test)
+    assert 0 < episodes.terminated.sum() and not episodes.alive.all(), "some fall"
+    rng = generator(4)
+    seed, noise = pearl.random_seed(rng), torch.randn(200, 3, 6, generator=rng) * (not test)
     for i in range(3):
-        alone = gym.make_vec("walker-dir", num_envs=1, horizon=90)
+        alone = gym.make_vec("walker-dir", num_envs=1, horizon=200)
         obs, _ = alone.reset(seed=seed + i, options={"tasks": tasks[i]})
         over = False
-        for t in range(90):
+        for t in range(200):
             np.testing.assert_array_equal(episodes.obs[i, t], obs[0])
             assert episodes.alive[i, t] == (not over)
-            action = pearl.pre_tanh(net, torch.from_numpy(obs), z[i : i + 1])[0].tanh()
+            mean, log_std = pearl.pre_tanh(net, torch.from_numpy(obs), z[i : i + 1])
+            action = (mean + log_std.exp() * noise[t, i]).tanh()
             torch.testing.assert_close(episodes.action[i, t], action[0])
             obs, reward, terminated, *_ = alone.step(episodes.action[i : i + 1, t].numpy())
             assert episodes.reward[i, t].item() == pytest.approx(reward[0], rel=1e-5)
@@ -402,22 +433,34 @@ def test_rollout_replayed_one_copy_at_a_time(agent):
             over |= bool(terminated[0])
 
 
-def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(agent, monkeypatch):
-    args = small_args(eval_episodes=3, eval_prior_episodes=2, horizon=5)
-    env = gym.make_vec("point-goal-4c", num_envs=4, horizon=5)
-    tasks = env.unwrapped.sample_tasks(4, np.random.default_rng(0))
-    net = pearl.make_agent(2, 2, args)
-    sizes, posterior = [], pearl.posterior
-    monkeypatch.setattr(pearl, "posterior", lambda e, c, a: sizes.append(c.shape[1]) or posterior(e, c, a))
-    zs, rollout = [], pearl.rollout
-    monkeypatch.setattr(pearl, "rollout", lambda *a, **k: zs.append(a[3]) or rollout(*a, **k))
+def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypatch):
+    """With mean actions, and without what came after a fall."""
+    torch.manual_seed(0)
+    args = small_args(eval_episodes=4, eval_prior_episodes=2, horizon=200)
+    env = gym.make_vec("walker-dir", num_envs=4, horizon=200)
+    tasks, net = env.unwrapped.sample_tasks(4, np.random.default_rng(0)), pearl.make_agent(17, 6, args)
+    make_fall(net["policy"])
+    calls, rollout, rng = [], pearl.rollout, generator(10**6)
+
+    def spy(env, tasks, policy, z, rng, test):
+        assert test
+        calls.append((z, episode := rollout(env, tasks, policy, z, rng, test)))
+        return episode
+
+    monkeypatch.setattr(pearl, "rollout", spy)
     metrics, data = pearl.evaluate(env, tasks, net, args)
-    assert sizes == [5, 10, 15] and len(zs) == 3
-    draws = generator(10**6)
-    assert torch.equal(zs[0], torch.randn(4, 2, generator=draws)), "the prior"
-    assert abs(zs[1]).max() > 1e-3 and not torch.equal(zs[0], zs[1])
-    assert [f"eval/return_episode_{k}" in metrics for k in (1, 2, 3, 4)] == [True, True, True, False]
-    assert data["trace"].shape == (3, 6, 4, 2) and data["latent"].shape == (4, 4)
+    assert len(calls) == 4 and not all(episode.alive.all() for _, episode in calls), "some fall"
+    for k, (z, _) in enumerate(calls):
+        mean, std = torch.zeros(4, 2), torch.ones(4, 2)
+        for i in range(4) if k >= 2 else ():
+            steps = [[x[i][e.alive[i]] for x in (e.obs[:, :-1], e.action, e.reward[..., None])] for _, e in calls[:k]]
+            q_z = pearl.posterior(net["encoder"], torch.cat([torch.cat(s, 1) for s in steps])[None])
+            mean[i], std[i] = q_z.mean[0], q_z.stddev[0]
+        torch.testing.assert_close(z, mean + std * torch.randn(4, 2, generator=rng))
+        pearl.random_seed(rng)  # of the environments
+    assert [f"eval/return_episode_{k}" in metrics for k in (1, 4, 5)] == [True, True, False]
+    assert data["trace"].shape == (4, 201, 4, 2) and data["latent"].shape == (4, 4)
+    monkeypatch.undo()
     assert pearl.evaluate(env, tasks, net, args)[0] == metrics
 
 
@@ -430,6 +473,31 @@ def test_training_tasks_are_the_first_different_ones():
     env = gym.make_vec("cheetah-vel").unwrapped
     np.testing.assert_array_equal(pearl.different(env.task_set("train"), 7).params, env.task_set("train").params[:7])
     assert len(pearl.different(gym.make_vec("ml2").unwrapped.task_set("train"), 4)) == 4
+
+
+@pytest.mark.parametrize(
+    "env, tasks, meta_batch, initial, prior, extra, gradient_steps, context, visits, next_obs",
+    [
+        ("cheetah-dir", 2, 4, 2000, 1000, 1000, 2000, 256, 5, False),
+        ("cheetah-vel", 100, 16, 2000, 400, 600, 2000, 100, 5, False),
+        ("ant-dir", 2, 4, 2000, 400, 600, 4000, 256, 5, False),
+        ("ml2", 4, 4, 2000, 1000, 1000, 2000, 256, 10, False),
+        ("ant-goal-4c", 500, 16, 200, 400, 600, 4000, 256, 5, False),
+        ("hopper-params-4c", 500, 16, 200, 400, 600, 4000, 256, 5, True),
+    ],
+)
+def test_presets_are_the_papers(
+    env, tasks, meta_batch, initial, prior, extra, gradient_steps, context, visits, next_obs
+):
+    args = pearl.parse_args(["--env", env])
+    assert (args.train_tasks, args.meta_batch, args.visits, args.gradient_steps) == (
+        tasks, meta_batch, visits, gradient_steps,
+    )  # fmt: skip
+    assert (args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps) == (initial, prior, 0, extra)
+    assert (args.context, args.next_obs_in_context, args.batch, args.latent_dim) == (context, next_obs, 256, 5)
+    official = tasks < 500
+    assert (args.horizon, args.eval_episodes, args.eval_prior_episodes) == ((200, 3, 2) if official else (100, 2, 1))
+    assert (args.kl_weight, args.reward_scale, args.gamma, args.tau, args.lr) == (0.1, 5, 0.99, 0.005, 3e-4)
 
 
 def test_every_preset_names_an_environment_and_fields():

@@ -164,11 +164,11 @@ def test_maml_counts_the_frames_taken(finished):
 
 
 @scripts
-@pytest.mark.parametrize("after", [2, 5])
-def test_killed_and_resumed_ends_with_the_same_eval_csv(finished, tmp_path, script, after):
-    process = subprocess.Popen(
-        command(script, *LONG[script], "--run-dir", tmp_path, *QUICK[script]), stdout=subprocess.DEVNULL
-    )
+@pytest.mark.parametrize("after, save_every", [(1, 100), (2, 2), (5, 2)])
+def test_killed_and_resumed_ends_with_the_same_eval_csv(finished, tmp_path, script, after, save_every):
+    """After so many evaluations; with 100 the only checkpoint is the one before the first iteration."""
+    flags = [*LONG[script], "--run-dir", tmp_path, *QUICK[script], "--save-every", save_every]
+    process = subprocess.Popen(command(script, *flags), stdout=subprocess.DEVNULL)
     path = wait_for_rows(tmp_path, after, process)
     time.sleep(random.Random(after).uniform(0, 0.5))
     assert process.poll() is None, "the run ended before it could be killed"
@@ -202,9 +202,10 @@ def test_maml_evaluates_with_other_steps_and_rates(finished, tmp_path):
     assert float(np.load(path / "eval.npz")["alpha"]) == 1e-6
 
 
-def test_maml_goes_on_for_more_iterations(finished, tmp_path):
-    path = shutil.copytree(finished["maml"], tmp_path / "run")
-    run("maml", "--resume", path, "--iterations", 14)
+@pytest.mark.parametrize("script", ["maml", "pearl"])
+def test_goes_on_for_more_iterations(finished, tmp_path, script):
+    path = shutil.copytree(finished[script], tmp_path / "run")
+    run(script, "--resume", path, "--iterations", 14)
     assert [int(r["iteration"]) for r in rows(path / "eval.csv")] == list(range(15))
 
 
@@ -234,7 +235,8 @@ def test_no_exploration_tracks_offline_and_plots(tmp_path):
 
 
 def test_pearl_plots(tmp_path):
-    run("pearl", "--env", "point-goal-4c", "--iterations", 1, "--run-dir", tmp_path, *QUICK["pearl"])
+    flags = ["--env", "point-goal-4c", "--iterations", 1, "--latent-dim", 1, "--run-dir", tmp_path]
+    run("pearl", *flags, *QUICK["pearl"])
     curves = {"learning_curve.png", "learning_curve_clusters.png"}
     assert plot(only_run(tmp_path)) == curves | {"cluster_map.png", "embedding.png"}
 
