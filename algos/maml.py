@@ -221,12 +221,12 @@ def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
 
 
 def process(batch: Batch, args: Args) -> Batch:
-    """The batch with its advantages, normalised in every task (D1)."""
+    """The batch with its advantages, normalised in every task."""
     baseline = linear_baseline(batch.obs, discounted_returns(batch.reward, args.gamma), batch.weight > 0)
     advantage = gae(batch.reward, baseline, args.gamma, args.gae_lambda)
     centred = advantage - (batch.weight * advantage).sum((1, 2), keepdim=True)
     std = (batch.weight * centred**2).sum((1, 2), keepdim=True).sqrt()
-    return batch._replace(advantage=centred / (std + 1e-8) * (batch.weight > 0))
+    return batch._replace(advantage=centred / (std + 1e-8) * (batch.weight > 0))  # D1
 
 
 # == Inner adaptation ==================================================================================================
@@ -273,12 +273,17 @@ def adapt(policy: GaussianPolicy, theta: Tensor, batch: Batch, alpha: float, kin
 CHUNK = 4  # tasks at a time, whose activations stay in the cache
 
 
-def surrogate_and_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """S_i = E_D[-A π/π_old] and E_D[KL(π_old ‖ π)], [task] each; π_old sampled the batch."""
+def surrogate(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """S_i = E_D[-A π/π_old], [task]; π_old sampled the batch."""
     ratio = (log_prob(mean, log_std, batch) - log_prob(batch.mean, batch.log_std, batch)).exp()
+    return -(batch.weight * ratio * batch.advantage).sum((1, 2))
+
+
+def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """E_D[KL(π_old ‖ π)], [task]; π_old sampled the batch."""
     var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
     kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
-    return -(batch.weight * ratio * batch.advantage).sum((1, 2)), (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
+    return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
 
 
 def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Callable]:
@@ -288,8 +293,8 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     """
     theta = theta.detach().requires_grad_()
     output = policy(theta, batch.obs)
-    surrogate, _ = surrogate_and_kl(*output, batch)
-    (gradient,) = torch.autograd.grad(surrogate.sum(), theta, retain_graph=True)
+    loss = surrogate(*output, batch)
+    (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (pullback,) = torch.autograd.grad(output, theta, w, create_graph=True)
     metric = batch.weight.flatten(1)[..., None] * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used
@@ -298,7 +303,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
         push = torch.autograd.grad(pullback, w, u.expand_as(theta), retain_graph=True)
         return torch.autograd.grad(output, theta, [a * b for a, b in zip(metric, push)], retain_graph=True)[0]
 
-    return surrogate.detach(), gradient, fisher
+    return loss.detach(), gradient, fisher
 
 
 def linearise(
@@ -308,7 +313,7 @@ def linearise(
 
     The factors I - α ∇²L_i of J_i are symmetric: its transpose applies them in the opposite order.
     """
-    surrogate, gradient, kept, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
+    loss, gradient, kept, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
     for first in range(0, tasks, CHUNK):
         *inner, outer = (batch.of(slice(first, first + CHUNK)) for batch in data)
         theta_k, hessians = theta.expand(len(outer.obs), -1), []
@@ -319,7 +324,7 @@ def linearise(
         s, g, fisher = outer_gradient(policy, theta_k, outer)
         for hessian in reversed(hessians):
             g = g - args.alpha * hessian(g)  # J_iᵀ ∇S(θ'_i)
-        surrogate += s.sum()
+        loss += s.sum()
         gradient += g.sum(0)
         kept.append((hessians, fisher))
 
@@ -335,7 +340,7 @@ def linearise(
             total += u.sum(0)
         return total / tasks + args.damping * v
 
-    return surrogate / tasks, gradient / tasks, product
+    return loss / tasks, gradient / tasks, product
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -360,8 +365,8 @@ def meta_objective(policy: GaussianPolicy, theta: Tensor, data: list[Batch], arg
     for batch in inner:
         theta_k = adapt(policy, theta_k, batch, args.alpha, args.inner_loss)
     with torch.no_grad():
-        surrogate, kl = surrogate_and_kl(*policy(theta_k, outer.obs), outer)
-    return surrogate.mean(), kl.mean()
+        output = policy(theta_k, outer.obs)
+        return surrogate(*output, outer).mean(), mean_kl(*output, outer).mean()
 
 
 def trpo_step(policy: GaussianPolicy, theta: Tensor, data: list[Batch], args: Args) -> tuple[Tensor, dict[str, float]]:
@@ -440,7 +445,8 @@ class Run:
             if path.exists():
                 fail(f"{path} exists already")
             path.mkdir(parents=True)
-            (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(replace(args, resume=None)), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")
         for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
             header, *rows = file.read_text().splitlines() or [""]
             rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]

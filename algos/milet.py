@@ -46,6 +46,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -81,6 +82,7 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     num_envs: int = 16  # tasks, one copy of the environment each, per meta-iteration
+    horizon: int = 100  # H, steps per episode
     clusters: int = 4  # C of the model
     exploration: bool = True  # a separate exploration policy (ablation: πφ acts in both episodes)
     stacked_gru: bool = True  # C-GRU and T-GRU (ablation: one GRU feeds both heads)
@@ -164,6 +166,9 @@ class RunningStats(nn.Module):
         self.mean += delta * n / total
         self.var.copy_(squares / total)
         self.count.copy_(total)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).float()
 
 
 def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -260,8 +265,7 @@ class Policy(nn.Module):
         nn.init.zeros_(self.actor[-1].bias)
 
     def embed(self, obs: Tensor, latent: Tensor) -> Tensor:
-        obs = ((obs - self.stats.mean) / (self.stats.var + 1e-8).sqrt()).float()
-        return torch.cat([self.embed_state(obs), self.embed_latent(latent)], dim=-1)
+        return torch.cat([self.embed_state(self.stats.normalise(obs)), self.embed_latent(latent)], dim=-1)
 
     def mean(self, obs: Tensor, latent: Tensor) -> Tensor:
         return self.actor(self.embed(obs, latent))
@@ -373,7 +377,7 @@ def run_trial(
 
 
 class TrialBuffer:
-    """V of Algorithm 1: the latest trials, each an exploration and an exploitation episode of one task."""
+    """The latest trials, each of two episodes in one task."""
 
     def __init__(self, capacity: int, horizon: int, obs_dim: int, action_dim: int):
         shapes = {"obs": (horizon + 1, obs_dim), "action": (horizon, action_dim), "reward": (horizon,)}
@@ -428,7 +432,7 @@ class Reconstruction(torch.autograd.Function):
             chosen = slice(None) if steps is None else steps[b, e]
             with torch.enable_grad():
                 z_part, x_part = z[b, e].detach().requires_grad_(), x[b].detach().requires_grad_()
-                error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count  # D1
+                error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count
             grads = torch.autograd.grad(error, [z_part, x_part, *weights])
             for total, grad in zip([sums[0][b, e], sums[1][b], *sums[2:]], grads):
                 total += grad
@@ -523,7 +527,7 @@ def discounted_sums(reward: Tensor, gamma: float) -> Tensor:
 
 
 def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantages [T, env]; value [T+1, env] ends with that of the state at the time limit (D5)."""
+    """Generalised advantages [T, env]; value [T+1, env] ends with that of the state at the time limit."""
     delta = reward + gamma * value[1:] - value[:-1]
     advantage, last = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
@@ -544,7 +548,7 @@ def ppo_update(
     obs, sample, latent, reward = (x.to(args.device) for x in (episode.obs, episode.sample, episode.latent, reward))
     with torch.no_grad():
         value = policy.value(obs, latent)  # of the statistics that acted
-        advantage = gae(reward, value, args.gamma, args.gae_lambda)
+        advantage = gae(reward, value, args.gamma, args.gae_lambda)  # D5
         goal = advantage + value[:-1]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         policy.stats.update(obs[:-1])
@@ -633,7 +637,8 @@ class Run:
             if path.exists():
                 fail(f"{path} exists already")
             path.mkdir(parents=True)
-            (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(replace(args, resume=None)), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")
         for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
             header, *rows = file.read_text().splitlines() or [""]
             rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]
@@ -723,19 +728,19 @@ def train(args: Args) -> None:
     args = replace(args, num_threads=args.num_threads or torch.get_num_threads())
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
-    env = gym.make_vec(args.env, num_envs=args.num_envs, num_threads=args.num_threads)
+    make_env = partial(gym.make_vec, args.env, num_threads=args.num_threads, horizon=args.horizon)
+    env = make_env(num_envs=args.num_envs)
     train_tasks, test_tasks = env.unwrapped.task_set("train"), env.unwrapped.task_set("test")
-    test_env = gym.make_vec(args.env, num_envs=len(test_tasks), num_threads=args.num_threads)
+    test_env = make_env(num_envs=len(test_tasks))
     obs_dim, action_dim = env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0]
-    horizon = env.unwrapped.horizon
-    frames_per_iteration = 2 * horizon * args.num_envs
+    frames_per_iteration = 2 * args.horizon * args.num_envs
     iterations = max(1, args.frames // frames_per_iteration)
 
     agent = make_agent(obs_dim, action_dim, args)
     vae = [p for name in agent if name not in ("psi", "phi", "target") for p in agent[name].parameters()]
     optimizers = {name: agent[name].parameters() for name in ("psi", "phi") if name in agent} | {"vae": vae}
     optimizers = {k: torch.optim.Adam(p, getattr(args, f"lr_{k}"), fused=True) for k, p in optimizers.items()}
-    buffer = TrialBuffer(args.buffer_trials, horizon, obs_dim, action_dim)
+    buffer = TrialBuffer(args.buffer_trials, args.horizon, obs_dim, action_dim)
     stateful, done = {"agent": agent, "buffer": buffer, **optimizers}, 0
     anchors = nmi_anchors(env.unwrapped, test_tasks, args.clusters)
     if args.evaluate:
@@ -800,8 +805,8 @@ def train(args: Args) -> None:
                 # l. 7-8: πψ maximises Eq. (12), πφ Eq. (1)
                 batches = {"phi": (join(explore, exploit), reward)}
                 if args.exploration:
-                    eq12 = reward[:horizon] + bonus_h + bonus_c
-                    batches = {"psi": (explore, eq12), "phi": (exploit, reward[horizon:])}
+                    eq12 = reward[: args.horizon] + bonus_h + bonus_c
+                    batches = {"psi": (explore, eq12), "phi": (exploit, reward[args.horizon :])}
                 anneal = 1 - (iteration - 1) / iterations
                 for name, batch in batches.items():
                     optimizers[name].param_groups[0]["lr"] = anneal * getattr(args, f"lr_{name}")
@@ -881,6 +886,19 @@ def check_numbers(args: Args, may_be_0: tuple[str, ...]) -> None:
                 fail(f"{flag} must be finite")
 
 
+def check_ranges(args: Args, rates: tuple[str, ...]) -> None:
+    """What PPO needs."""
+    if env_class(args.env).terminated is not envs.TaskVectorEnv.terminated:
+        fail(f"episodes of {args.env} may end with a fall, and {SCRIPT}.py needs them to be equally long")
+    for rate in rates:
+        if getattr(args, rate) <= 0:
+            fail(f"--{rate.replace('_', '-')} must be positive")
+    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1 and args.clip > 0):
+        fail("--gamma and --gae-lambda must be in [0, 1], --clip positive")
+    if args.minibatches > args.horizon * args.num_envs:
+        fail("--minibatches must be at most --horizon times --num-envs")
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -897,7 +915,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if folder and changed:
         fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
     env_class(args.env)
-    check_numbers(args, may_be_0=("seed", "num_threads", "decodes", "policy_embed", "precollect"))
+    may_be_0 = "seed", "num_threads", "decodes", "policy_embed", "precollect"
+    check_numbers(args, may_be_0)
+    check_ranges(args, ("lr_psi", "lr_phi", "lr_vae"))
     if not 0 < args.temperature or not args.reward_decoder:
         fail("--temperature must be positive, and --reward-decoder must name a layer")
     if args.num_envs > min(500, args.buffer_trials):
