@@ -5,7 +5,11 @@
 #   ./benchmark.sh milet-mujoco      ant-goal-4c (5 million frames), hopper-params-4c and walker-params-4c (1 million)
 #   ./benchmark.sh maml              cheetah-dir (2 seeds) and cheetah-vel, 32 million frames each, and ant-dir, 16 million
 #   ./benchmark.sh maml-mixed        MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each, and their curves
+#   ./benchmark.sh belief-point      RL2 and VariBAD on point-goal-4c, 3 seeds each, and their curves
+#   ./benchmark.sh belief-mujoco     RL2 and VariBAD on hopper-params-4c and walker-params-4c (1 million frames)
+#   ./benchmark.sh promp             ProMP on cheetah-dir, 16 million frames
 #   ./benchmark.sh pearl-point       PEARL on point-goal-4c, 3 seeds, and the figures
+#   ./benchmark.sh pearl-mujoco      PEARL on cheetah-dir, 70 iterations
 # SLURM=1 submits each run as a job instead of running them one after the other.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -34,9 +38,22 @@ case "${1:-}" in
     run python algos/maml.py --env ant-cheetah-dir --iterations 100 --oracle --run-dir runs/maml-mixed
     [ "${SLURM:-}" ] || python results/plot.py runs/maml-mixed/* --out runs/maml-mixed-figures
     ;;
+  belief-point)
+    for script in rl2 varibad; do
+      for seed in 0 1 2; do run python "algos/$script.py" --env point-goal-4c --seed "$seed" --run-dir runs/belief-point; done
+    done
+    [ "${SLURM:-}" ] || python results/plot.py runs/belief-point/* --out runs/belief-point-figures
+    ;;
+  belief-mujoco)
+    for env in hopper-params-4c walker-params-4c; do
+      for script in rl2 varibad; do run python "algos/$script.py" --env "$env" --frames 1000000; done
+    done
+    ;;
+  promp) run python algos/promp.py --env cheetah-dir --iterations 100 ;;
   pearl-point)
     for seed in 0 1 2; do run python algos/pearl.py --env point-goal-4c --seed "$seed" --run-dir runs/pearl-point; done
     [ "${SLURM:-}" ] || python results/plot.py runs/pearl-point/* --out runs/pearl-point-figures
     ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  pearl-mujoco) run python algos/pearl.py --env cheetah-dir --iterations 70 --eval-every 2 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -112,9 +112,9 @@ class Args:
 OFFICIAL = dict(horizon=200, initial_steps=2000, eval_episodes=3, eval_prior_episodes=2)
 CHEETAH_DIR = OFFICIAL | dict(train_tasks=2, meta_batch=4, prior_steps=1000, extra_steps=1000, gradient_steps=2000)
 POINT = dict(  # tuned by us
-    train_tasks=100, initial_steps=200, visits=20, prior_steps=200, extra_steps=200, gradient_steps=1000, iterations=40,
-    eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64, batch=64, gamma=0.9,
-    reward_scale=20.0, tau=0.01, lr=1e-3,
+    train_tasks=100, initial_steps=200, visits=20, prior_steps=200, extra_steps=200, gradient_steps=1000,
+    iterations=80, eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64, batch=64,
+    gamma=0.9, reward_scale=20.0, tau=0.01, lr=1e-3,
 )  # fmt: skip
 PRESETS = {
     "cheetah-dir": CHEETAH_DIR,
@@ -465,7 +465,8 @@ class Run:
             if path.exists():
                 fail(f"{path} exists already")
             path.mkdir(parents=True)
-            (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(replace(args, resume=None)), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")
         for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
             header, *rows = file.read_text().splitlines() or [""]
             rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]
@@ -634,7 +635,8 @@ def train(args: Args) -> None:
             sampling = time.time() - begin
 
             # Alg. 1, training: on all tasks
-            terms = [gradient_step(agent, optimizers, buffer, rng, args) for _ in range(args.gradient_steps)]
+            updates = tqdm(range(args.gradient_steps), "gradient steps", leave=False, disable=run.bar.disable)
+            terms = [gradient_step(agent, optimizers, buffer, rng, args) for _ in updates]
             seconds = time.time() - begin
 
             metrics = {"charts/frames": frames} | returns

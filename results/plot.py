@@ -189,12 +189,32 @@ def belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     save(figure, path)
 
 
-def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """PCA and t-SNE of the task embeddings (means of z) after exploration; colour inferred, shape true cluster.
+def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """Over the steps of a trial: the standard deviation of q(z), and where its mean goes, a line a test task."""
+    first, second = data["latent"]  # [H+1, task, mean and log-variance of z]
+    mean, log_var = np.split(np.concatenate([first, second[1:]]), 2, axis=-1)
+    std = np.exp(0.5 * log_var).mean(-1)  # [H+ + 1, task]
+    direction = PCA(1).fit(mean[-1]).components_[0]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
+    axes[0].plot(std.mean(1))
+    axes[0].fill_between(range(len(std)), *np.quantile(std, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
+    axes[0].set(ylabel="standard deviation of q(z)", ylim=(0, None))
+    for line, cluster in zip((mean @ direction).T, data["cluster"]):
+        axes[1].plot(line, color=CLUSTER_COLOURS[cluster % 10], linewidth=0.8)
+    axes[1].set_ylabel("mean of q(z), first principal component")
+    for axis in axes:
+        axis.axvline(len(first) - 1, color="0.4", linestyle=":", linewidth=1)
+        axis.set_xlabel("step of the trial")
+    figure.suptitle(f"{env}: the belief; dotted: the second episode begins; colour: true cluster")
+    save(figure, path)
 
-    Where no clusters are inferred, the colour is the true cluster too.
+
+def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """PCA and t-SNE of the task embeddings (means of z) after the first episode (PEARL: after the last).
+
+    Colour inferred, shape true cluster. Where no clusters are inferred, the colour is the true cluster too.
     """
-    latent = data["latent"][0, -1] if "q" in data else data["latent"]  # mean and variance of z
+    latent = data["latent"] if data["latent"].ndim == 2 else data["latent"][0, -1]  # mean and variance of z
     mean = latent[:, : latent.shape[1] // 2]  # [task, latent_dim]
     mean = np.pad(mean, ((0, 0), (0, max(0, 2 - mean.shape[1]))))  # a point in the plane needs two numbers
     guess = data["q"][0, -1].argmax(-1) if "q" in data else data["cluster"]
@@ -246,6 +266,8 @@ def main(options: Options) -> None:
         cluster_map(args["env"], data, out / "cluster_map.png")
     if "q" in data:
         belief(args["env"], data, out / "belief.png")
+    elif "latent" in data and data["latent"].ndim == 4:
+        task_belief(args["env"], data, out / "belief.png")
     if "latent" in data:
         embedding(args["env"], data, out / "embedding.png")
     if "vel" in args["env"] and "returns" in data:

@@ -135,15 +135,20 @@ def main() -> None:
         flags = ["--env", "ant-goal-4c", "--frames", str(40 * 3200), *flags]
         median = measure("milet", 10, flags, FULL_BUFFER)
         add(share(f"milet.py ant-goal-4c, {name}", 16, limits["ant-goal-4c", 16], median))
+    for script in ("varibad", "rl2"):
+        median = measure(script, 10, ["--env", "ant-goal-4c", "--frames", str(40 * 3200)])
+        add(share(f"{script}.py ant-goal-4c", 16, limits["ant-goal-4c", 16], median))
     limit, sampling = maml_sampling()
     add({"what": "physics limit cheetah-dir, untrained policy", "copies": 800, "frames_per_s": round(limit)})
     median = measure("maml", 4, ["--env", "cheetah-dir", "--iterations", "14"])
     row = share("maml.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median)
     add(row | {"sample_share": round(sampling / limit, 3)})
+    median = measure("promp", 4, ["--env", "cheetah-dir", "--iterations", "14"])
+    add(share("promp.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median))
 
-    for env_id, batch in {"cheetah-dir": "4 x 256", "ant-dir": "16 x 256"}.items():
+    for env_id, batch in {"cheetah-dir": "4 x 256", "ant-goal-4c": "16 x 256"}.items():
         flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
-        flags += ["--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice 200 steps
+        flags += ["--horizon", "200", "--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice
         median, limit = measure("pearl", 1, flags), add_limit(env_id, 25)
         row = share(f"pearl.py {env_id}, batch {batch}", 25, limit, median)
         add(row | {"updates_per_s": round(100 / median["time/update"], 1)})

@@ -17,25 +17,39 @@ import milet
 import numpy as np
 import pearl
 import probes  # noqa: F401
+import promp
 import pytest
+import rl2
 import torch
+import varibad
 from conftest import ROOT
 
-MODULES = {"milet": milet, "maml": maml, "pearl": pearl}
+MODULES = {"milet": milet, "varibad": varibad, "rl2": rl2, "maml": maml, "promp": promp, "pearl": pearl}
 QUICK = {  # flags of a short run
     "milet": "--vae-batch 8 --elbo-terms 4 --decodes 5 --buffer-trials 64",
+    "varibad": "--vae-batch 4 --elbo-terms 4 --decodes 5 --buffer-trials 64 --vae-updates 1 --horizon 50 "
+    "--precollect 1000",
+    "rl2": "--horizon 50",
     "maml": "--tasks 4 --rollouts 2 --inner-steps 2 --horizon 50",
+    "promp": "--tasks 4 --rollouts 2 --inner-steps 2 --horizon 50 --adapt-eta --train-alpha",
     "pearl": "--train-tasks 4 --horizon 50 --initial-steps 100 --visits 2 --prior-steps 100 --posterior-steps 100 "
     "--extra-steps 50 --gradient-steps 3 --batch 16 --context 16 --meta-batch 4 --hidden 16 16 --encoder-hidden 16",
 }
 QUICK = {script: f"{flags} --eval-every 1 --save-every 2 --num-threads 1".split() for script, flags in QUICK.items()}
 LONG = {  # twelve meta-iterations; MILET's buffer is full after 4: trials are overwritten before and after a kill
     "milet": "--env hopper-params-4c --frames 38400".split(),
+    "varibad": "--env hopper-params-4c --frames 19200".split(),
+    "rl2": "--env hopper-params-4c --frames 19200".split(),
     "maml": "--env ml2 --oracle --iterations 12".split(),
+    "promp": "--env ml2 --oracle --iterations 12".split(),
     "pearl": "--env ml2 --iterations 12".split(),
 }
-EVALUATED = {"milet": "eval/return_episode_{}", "maml": "eval/return_step_{}", "pearl": "eval/return_episode_{}"}
+EVALUATED = {script: "eval/return_episode_{}" for script in MODULES} | {
+    script: "eval/return_step_{}" for script in ("maml", "promp")
+}
 CLOCK = ("charts/sps", "time/sample", "time/ppo", "time/elbo", "time/update")
+NAN = [("milet", "--lr-vae"), ("varibad", "--lr-vae"), ("rl2", "--lr-encoder"), ("maml", "--alpha")]
+NAN += [("promp", "--lr"), ("pearl", "--lr")]
 scripts = pytest.mark.parametrize("script", MODULES)
 
 
@@ -97,12 +111,24 @@ def test_probe_recovers_the_clusters_and_adapts(tmp_path, keep_signals):
     """Two clusters that only the reward tells apart: NMI 1, and a second episode near the oracle's 0 (no task: -10)."""
     args = milet.Args(
         env="probe-guess-sign", frames=60_000, run_dir=str(tmp_path), clusters=2, num_threads=1, eval_every=50,
-        save_every=1000, precollect=1000, lr_vae=3e-3, vae_updates=2, elbo_terms=20, lr_phi=3e-3, lr_psi=3e-3, clip=0.2,
-        minibatches=2, kl_z_weight=1e-3,
+        horizon=10, save_every=1000, precollect=1000, lr_vae=3e-3, vae_updates=2, elbo_terms=20, lr_phi=3e-3,
+        lr_psi=3e-3, clip=0.2, minibatches=2, kl_z_weight=1e-3,
     )  # fmt: skip
     milet.train(args)
     first, last = (rows(only_run(tmp_path) / "eval.csv")[i] for i in (0, -1))
     assert float(last["eval/nmi"]) > 0.9
+    assert float(last["eval/return_episode_2"]) > -3 > float(first["eval/return_episode_2"])
+
+
+@pytest.mark.parametrize("script, rates", [("varibad", dict(lr_vae=3e-3)), ("rl2", dict(lr_encoder=3e-3))])
+def test_probe_is_solved_in_the_second_episode(tmp_path, keep_signals, script, rates):
+    """As MILET's, for one policy and one belief, or memory."""
+    args = MODULES[script].Args(
+        env="probe-guess-sign", frames=64_000, run_dir=str(tmp_path), horizon=10, num_threads=1, eval_every=50,
+        num_envs=32, hidden=16, clip=0.2, minibatches=2, lr_policy=3e-3, entropy=1e-4, save_every=1000, **rates,
+    )  # fmt: skip
+    MODULES[script].train(args)
+    first, last = (rows(only_run(tmp_path) / "eval.csv")[i] for i in (0, -1))
     assert float(last["eval/return_episode_2"]) > -3 > float(first["eval/return_episode_2"])
 
 
@@ -202,10 +228,12 @@ def test_maml_evaluates_with_other_steps_and_rates(finished, tmp_path):
     assert float(np.load(path / "eval.npz")["alpha"]) == 1e-6
 
 
-@pytest.mark.parametrize("script", ["maml", "pearl"])
+@pytest.mark.parametrize("script", ["maml", "promp", "pearl"])
 def test_goes_on_for_more_iterations(finished, tmp_path, script):
     path = shutil.copytree(finished[script], tmp_path / "run")
     run(script, "--resume", path, "--iterations", 14)
+    args = json.loads((path / "args.json").read_text())
+    assert (args["iterations"], args["resume"]) == (14, None), "for whoever resumes it again"
     assert [int(r["iteration"]) for r in rows(path / "eval.csv")] == list(range(15))
 
 
@@ -234,6 +262,12 @@ def test_no_exploration_tracks_offline_and_plots(tmp_path):
     assert plot(path) == curves | {"cluster_map.png", "belief.png", "embedding.png", "reward_weights.png"}
 
 
+def test_belief_of_a_trial_is_plotted(tmp_path):
+    run("varibad", "--env", "point-goal-4c", "--frames", 12800, "--run-dir", tmp_path, *QUICK["varibad"])
+    curves = {"learning_curve.png", "learning_curve_clusters.png"}
+    assert plot(only_run(tmp_path)) == curves | {"cluster_map.png", "belief.png", "embedding.png"}
+
+
 def test_pearl_plots(tmp_path):
     flags = ["--env", "point-goal-4c", "--iterations", 1, "--latent-dim", 1, "--run-dir", tmp_path]
     run("pearl", *flags, *QUICK["pearl"])
@@ -253,7 +287,7 @@ def test_maml_plots(finished, tmp_path):
     assert plot(*(only_run(tmp_path / str(i)) for i in (1, 0)), finished["maml"])
 
 
-@pytest.mark.parametrize("script, flag", [("milet", "--lr-vae"), ("maml", "--alpha"), ("pearl", "--lr")])
+@pytest.mark.parametrize("script, flag", NAN)
 def test_nan_stops_the_run(tmp_path, script, flag):
     flags = ["--env", "point-goal-4c", flag, "1e30", "--run-dir", tmp_path, *QUICK[script]]
     result = run(script, *flags, ok=False)
@@ -273,16 +307,16 @@ def test_wrong_checkpoints_get_one_line(finished, tmp_path, script):
     finished = finished[script]
     assert "cannot change on an existing run" in error("--resume", finished, "--gamma", 0.5)
     stored = json.loads((finished / "args.json").read_text())
-    changes = {"env": {"env": "walker-params-4c", "oracle": False}, "script": {"script": "varibad"}}
+    changes = {"env": {"env": "walker-params-4c", "oracle": False}, "script": {"script": "nobody"}}
     changes["env"] = {k: v for k, v in changes["env"].items() if k in stored}
-    changes |= {"damaged": {}, "other": {"hidden": 32 if script == "milet" else [7]}}
+    changes |= {"damaged": {}, "other": {"hidden": 32 if script in ("milet", "varibad", "rl2") else [7]}}
     for name, change in changes.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(stored | change))
         checkpoint = (finished / "checkpoint.pt").read_bytes()
         (tmp_path / name / "checkpoint.pt").write_bytes(checkpoint[:1000] if name == "damaged" else checkpoint)
     assert f"belongs to {script}.py on {stored['env']}" in error("--evaluate", tmp_path / "env")
-    assert "is a run of varibad.py" in error("--evaluate", tmp_path / "script")
+    assert "is a run of nobody.py" in error("--evaluate", tmp_path / "script")
     assert "damaged" in error("--evaluate", tmp_path / "damaged")
     assert "damaged" in error("--evaluate", tmp_path / "other")
     (tmp_path / "other" / "args.json").write_text("{")

@@ -15,8 +15,11 @@ import envs
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {  # flags of a short run
-    "milet": "--frames 9600",
+    "milet": "--frames 9600 --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "varibad": "--frames 6400 --num-envs 16 --horizon 100 --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "rl2": "--frames 6400 --num-envs 16 --horizon 100",
     "maml": "--iterations 2 --tasks 2 --rollouts 2",
+    "promp": "--iterations 2 --tasks 2 --rollouts 2",
     "pearl": "--iterations 2 --train-tasks 4 --initial-steps 200 --prior-steps 200 --gradient-steps 2",
 }
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})

@@ -1,0 +1,73 @@
+"""docs/differences.md: how many lines each script has changed of the script that it is derived from.
+
+python tests/test_differences.py     writes the table anew
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "differences.md"
+PAIRS = [("milet", "varibad"), ("varibad", "rl2"), ("milet", "rl2"), ("maml", "promp")]
+TABLE = re.compile(r"(?<=<!-- table -->\n\n).*?(?=\n<!-- end -->)", re.S)
+
+
+def sections(script: str) -> dict[str, list[str]]:
+    """The lines of a script by section, without empty lines and copy marks; the algorithm's own sections as one."""
+    own, found = "the algorithm's own sections", {}
+    shared = "Args", "Networks", "Sampler", "Evaluation", "Run folder and checkpoint", "Training", "Command line"
+    parts = re.split(r"^# == (.+?) =+\n", (ROOT / "algos" / f"{script}.py").read_text(), flags=re.M)
+    header, imports = re.match(r'(""".*?""")(.*)', parts[0], re.S).groups()
+    named = [("header", header), ("imports", imports), *zip(parts[1::2], parts[2::2])]
+    for name, text in named:
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("# Copied from")]
+        found.setdefault(name if name in shared or name in ("header", "imports") else own, []).extend(lines)
+    return found
+
+
+def change(before: list[str], after: list[str]) -> tuple[int, int]:
+    """Lines removed and added."""
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    same = sum(block.size for block in matcher.get_matching_blocks())
+    return len(before) - same, len(after) - same
+
+
+def table() -> str:
+    """A row a section, a column a pair: lines removed, lines added."""
+    found = {script: sections(script) for pair in PAIRS for script in pair}
+    rows = [["", *(f"{base} → {derived}" for base, derived in PAIRS)], ["---"] * (1 + len(PAIRS))]
+    for name in next(iter(found.values())):
+        changes = [change(found[base].get(name, []), found[derived].get(name, [])) for base, derived in PAIRS]
+        rows.append([name, *(f"−{removed} +{added}" if removed or added else "the same" for removed, added in changes)])
+    totals = []
+    for base, derived in PAIRS:
+        names = found[base] | found[derived]
+        pairs = [change(found[base].get(name, []), found[derived].get(name, [])) for name in names]
+        size = sum(map(len, found[derived].values()))
+        removed, added = map(sum, zip(*pairs))
+        totals.append(f"−{removed} +{added}, {1 - added / size:.0%} of {size} lines kept")
+    rows.append(["all", *totals])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_the_table_is_that_of_the_scripts():
+    assert TABLE.search(PAGE.read_text())[0] == table(), f"run {Path(__file__).name} as a script"
+
+
+def test_changes_are_counted():
+    assert change(list("abcd"), list("abxyd")) == (1, 2)
+    assert change(list("ab"), list("ab")) == (0, 0)
+
+
+def test_a_derived_script_is_a_small_edit():
+    """Outside the header and the algorithm's own sections most lines are the base's."""
+    for base, derived in PAIRS:
+        before, after = sections(base), sections(derived)
+        names = set(before) - {"header", "the algorithm's own sections"}
+        added = sum(change(before[name], after[name])[1] for name in names)
+        assert added < 0.35 * sum(len(after[name]) for name in names), (base, derived)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text()))

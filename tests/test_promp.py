@@ -1,0 +1,238 @@
+"""ProMP's mathematics: the objective against a plain version, its identities, and what Adam trains."""
+
+import dataclasses
+
+import gymnasium as gym
+import maml
+import numpy as np
+import promp
+import pytest
+import torch
+from test_maml import double, make_batch  # noqa: F401  (float64 throughout)
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+
+def small_args(**kwargs) -> promp.Args:
+    return promp.Args(**(dict(hidden=(5,), rollouts=3, horizon=4, num_threads=1) | kwargs))
+
+
+def make_agent(args: promp.Args, learners=1) -> tuple[promp.GaussianPolicy, nn.ParameterDict, torch.optim.Optimizer]:
+    """With a weight η of its own for every step and learner."""
+    policy = promp.GaussianPolicy(3, 2, args)
+    agent = promp.make_agent(policy, learners, torch.Generator().manual_seed(1), args)
+    agent["theta"].data += 0.1 * torch.randn_like(agent["theta"])
+    agent["eta"].data *= 1 + torch.arange(agent["eta"].numel()).view_as(agent["eta"])
+    return policy, agent, torch.optim.Adam([p for p in agent.values() if p.requires_grad], args.lr)
+
+
+def make_data(policy, agent, learner, args) -> list[promp.Batch]:
+    """D_0 .. D_n of tasks of some learners."""
+    theta, alpha, data = agent["theta"].detach()[learner], agent["alpha"].detach()[learner], []
+    for k in range(args.inner_steps + 1):
+        theta = promp.adapt(policy, theta, data[-1], alpha) if k > 0 else theta
+        data.append(promp.Batch(*make_batch(policy, theta, args)))
+    return data
+
+
+def plain_objective(policy, theta, alpha, eta, data, args) -> torch.Tensor:
+    """The mean over tasks, one after the other, from one vector of parameters."""
+    total = 0.0
+    for i in range(len(data[0].obs)):
+        theta_k, penalty = theta[None], 0.0
+        for k, batch in enumerate(b.of(slice(i, i + 1)) for b in data):
+            mean, log_std = policy(theta_k, batch.obs)
+            old, new = Normal(batch.mean, batch.log_std.exp()), Normal(mean, log_std.exp())
+            weight, adv = batch.weight.flatten(), batch.advantage.flatten()
+            ratio = (new.log_prob(batch.action) - old.log_prob(batch.action)).sum(-1).exp().flatten()
+            if k == args.inner_steps:
+                gain = torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv)
+                total = total - (weight * gain).sum() + penalty
+            else:
+                kl = (weight * kl_divergence(old, new).sum(-1)[0]).sum()
+                penalty = penalty + eta[k] * kl / args.inner_steps
+                loss = -(weight * ratio * adv).sum()
+                theta_k = theta_k - alpha * torch.autograd.grad(loss, theta_k, create_graph=True)[0]
+    return total / len(data[0].obs)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("train_alpha", [False, True])
+def test_updates_against_adam_on_the_plain_objective(steps, train_alpha):
+    """Two in a row: the state of Adam is kept."""
+    args = small_args(inner_steps=steps, eta=3.0, lr=0.02, clip=0.1, train_alpha=train_alpha and steps > 0)
+    policy, agent, optimizer = make_agent(args)
+    learner = np.zeros(6, int)
+    theta, alpha = (agent[k].detach()[0].clone().requires_grad_() for k in ("theta", "alpha"))
+    adam = torch.optim.Adam([theta, alpha] if args.train_alpha else [theta], args.lr)
+    for _ in range(2):
+        data = make_data(policy, agent, learner, args)
+        for _ in range(args.updates):
+            adam.zero_grad()
+            plain_objective(policy, theta, alpha, agent["eta"][0], data, args).backward()
+            adam.step()
+        stats = promp.promp_update(policy, agent, optimizer, learner, data, args)
+        torch.testing.assert_close(agent["theta"].detach()[0], theta.detach())
+        torch.testing.assert_close(agent["alpha"].detach()[0], alpha.detach())
+    assert (agent["alpha"] == args.alpha).all() == (not args.train_alpha)
+    assert (
+        stats["promp/surrogate_after"] < stats["promp/surrogate_before"] and abs(stats["promp/surrogate_before"]) < 1e-9
+    )
+    for k, batch in enumerate(data):  # the KLs, at the new parameters
+        theta_k = theta.detach().expand(6, -1)
+        for before in data[:k]:
+            theta_k = promp.adapt(policy, theta_k, before, alpha.detach())
+        name = "kl_outer" if k == steps else f"kl_inner_{k}"
+        kl = promp.mean_kl(*policy(theta_k, batch.obs), batch).mean()
+        assert stats[f"promp/{name}"] == pytest.approx(kl.item()) and kl > 1e-6
+
+
+def test_gradient_against_finite_differences():
+    args = small_args(inner_steps=2, eta=2.0)
+    policy, agent, _ = make_agent(args)
+    data = make_data(policy, agent, np.zeros(4, int), args)
+    point = (agent["theta"].detach() + 0.05 * torch.randn_like(agent["theta"]))[0]
+    alpha = agent["alpha"].detach()[0]
+
+    def objective(theta):
+        expand = theta.expand(4, -1), alpha.expand(4, -1), agent["eta"].expand(4, -1)
+        return promp.meta_objective(policy, *expand, data, args.clip)[0].mean()
+
+    leaf = point.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(leaf), leaf)
+    for i in torch.randperm(len(point))[:12].tolist():
+        e = torch.zeros_like(point)
+        e[i] = 1e-5
+        slope = (objective((point + e).requires_grad_()) - objective((point - e).requires_grad_())) / 2e-5
+        assert gradient[i].item() == pytest.approx(slope.item(), abs=1e-7, rel=1e-5)
+
+
+def test_the_kl_is_zero_in_the_first_of_the_steps_with_its_gradient():
+    args = small_args(inner_steps=2)
+    policy, agent, _ = make_agent(args)
+    data = make_data(policy, agent, np.zeros(4, int), args)
+    start = (agent[k][np.zeros(4, int)] for k in ("theta", "alpha", "eta"))
+    _, _, kl = promp.meta_objective(policy, *start, data, args.clip)
+    torch.testing.assert_close(kl, torch.zeros_like(kl), atol=1e-14, rtol=0)
+    (gradient,) = torch.autograd.grad(kl.sum(), agent["theta"])
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+def test_without_adaptation_it_is_ppo_without_minibatches():
+    """One pooled batch, all transitions weighing the same where no task has falls."""
+    args = small_args(inner_steps=0, lr=0.03, clip=0.1)
+    policy, agent, optimizer = make_agent(args)
+    (batch,) = make_data(policy, agent, np.zeros(5, int), args)
+    alive = torch.full_like(batch.weight, 1 / 12)
+    batch = promp.Batch(*maml.process(maml.Batch(*batch)._replace(weight=alive), args))
+    theta = agent["theta"].detach().clone().requires_grad_()
+    adam = torch.optim.Adam([theta], args.lr)
+    obs, action, adv = batch.obs.flatten(0, 1)[None], batch.action.flatten(0, 1), batch.advantage.flatten()
+    old = Normal(batch.mean.flatten(0, 1), batch.log_std[0].exp()).log_prob(action).sum(-1)
+    for _ in range(args.updates):
+        mean, log_std = policy(theta, obs)
+        ratio = (Normal(mean[0], log_std[0].exp()).log_prob(action).sum(-1) - old).exp()
+        adam.zero_grad()
+        (-torch.minimum(ratio * adv, ratio.clamp(0.9, 1.1) * adv).mean()).backward()
+        adam.step()
+    promp.promp_update(policy, agent, optimizer, np.zeros(5, int), [batch], args)
+    torch.testing.assert_close(agent["theta"].detach(), theta.detach())
+
+
+def test_inner_step_is_mamls_likelihood_ratio():
+    args = small_args()
+    policy, agent, _ = make_agent(args)
+    theta, alpha = (agent[k].detach()[np.zeros(3, int)] for k in ("theta", "alpha"))
+    batch = make_batch(policy, theta, args)
+    gradient, hessian = maml.inner_gradient(policy, theta, batch, "likelihood-ratio")
+    torch.testing.assert_close(promp.adapt(policy, theta, batch, alpha), theta - args.alpha * gradient)
+    leaf, v = theta.clone().requires_grad_(), torch.randn_like(theta)
+    adapted = promp.adapt(policy, leaf, batch, alpha, differentiable=True)
+    torch.testing.assert_close(torch.autograd.grad(adapted, leaf, v)[0], v - args.alpha * hessian(v))
+
+
+def test_learners_are_trained_on_their_own_tasks_alone():
+    args = small_args(inner_steps=1, eta=2.0, adapt_eta=True, train_alpha=True)
+    policy, agent, optimizer = make_agent(args, learners=2)
+    learner = np.array([1, 0, 1, 1, 0, 1])
+    data = make_data(policy, agent, learner, args)
+    alone = []
+    for m in range(2):
+        parts = {k: nn.Parameter(v.detach()[m : m + 1].clone(), v.requires_grad) for k, v in agent.items()}
+        one = nn.ParameterDict(parts)
+        adam = torch.optim.Adam([one["theta"], one["alpha"]], args.lr)
+        mine = [batch.of(learner == m) for batch in data]
+        promp.promp_update(policy, one, adam, np.zeros((learner == m).sum(), int), mine, args)
+        alone.append(one)
+    promp.promp_update(policy, agent, optimizer, learner, data, args)
+    for name in ("theta", "alpha", "eta"):
+        torch.testing.assert_close(agent[name].detach(), torch.cat([one[name].detach() for one in alone]))
+
+
+def test_eta_is_doubled_and_halved():
+    eta, kl = torch.ones(2, 3), torch.tensor([[0.005, 0.01, 0.02], [0.00666, 0.00667, 0.0151]])
+    assert promp.adapted_eta(eta, kl, 0.01).tolist() == [[0.5, 1, 2], [0.5, 1, 2]]
+
+
+def test_eta_follows_the_kl_of_its_learner_and_step_after_the_update():
+    args = small_args(inner_steps=2, eta=1e-3, lr=0.02, adapt_eta=True, kl_target=1e9)
+    policy, agent, optimizer = make_agent(args, learners=2)
+    _, again, other = make_agent(args, learners=2)
+    again.load_state_dict(agent.state_dict())
+    learner, before = np.array([0, 1, 1, 0, 1]), agent["eta"].detach().clone()
+    data = make_data(policy, agent, learner, args)
+    promp.promp_update(policy, again, other, learner, data, args)
+    torch.testing.assert_close(again["eta"].detach(), before / 2)
+    kl = torch.zeros(2, 2)  # [learner, n], at the new θ
+    for m in range(2):
+        mine, rows = [batch.of(learner == m) for batch in data], np.full((learner == m).sum(), m)
+        start = (again[name].detach()[rows].requires_grad_() for name in ("theta", "alpha", "eta"))
+        kl[m] = promp.meta_objective(policy, *start, mine, args.clip)[2][:-1].mean(1).detach()
+    args = dataclasses.replace(args, kl_target=kl.mean().item())
+    promp.promp_update(policy, agent, optimizer, learner, data, args)
+    torch.testing.assert_close(agent["theta"].detach(), again["theta"].detach())
+    torch.testing.assert_close(agent["eta"].detach(), promp.adapted_eta(before, kl, args.kl_target))
+    assert len((agent["eta"] / before).unique()) > 1, "a case in which they differ"
+
+
+def test_evaluation_uses_the_parameters_of_each_learner(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    args = small_args(oracle=True, inner_steps=1, eval_steps=2)
+    env = gym.make_vec("point-goal-4c", num_envs=8 * args.rollouts, horizon=args.horizon)
+    tasks = env.unwrapped.sample_tasks(8, np.random.default_rng(0))
+    policy = promp.GaussianPolicy(2, 2, args)
+    agent = promp.make_agent(policy, 4, torch.Generator().manual_seed(0), args)
+    agent["alpha"].data *= torch.arange(1, 5)[:, None]
+    calls, adapt = [], promp.adapt
+    monkeypatch.setattr(
+        promp, "adapt", lambda p, theta, b, alpha: calls.append((theta, alpha)) or adapt(p, theta, b, alpha)
+    )
+    promp.evaluate(env, tasks, policy, agent, args)
+    assert len(calls) == 2 and torch.equal(calls[0][0], agent["theta"][tasks.cluster])
+    assert all(torch.equal(alpha, agent["alpha"][tasks.cluster]) for _, alpha in calls)
+
+
+@pytest.mark.parametrize("env_id, random", [("cheetah-dir", False), ("ant-dir", False), ("walker-params-4c", True)])
+def test_presets_are_the_official_runs(env_id, random):
+    a = promp.parse_args(["--env", env_id])
+    assert (a.tasks, a.rollouts, a.inner_steps, a.hidden, a.gamma, a.gae_lambda) == (40, 20, 1, (64, 64), 0.99, 1.0)
+    assert (a.lr, a.clip, a.kl_target, a.adapt_eta) == (1e-3, 0.3, 0.01, random)
+    assert (a.horizon, a.alpha, a.updates, a.eta) == ((200, 0.05, 3, 1e-3) if random else (100, 0.1, 5, 5e-4))
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--env", "cheetah-dri"], "did you mean cheetah-dir"),
+        (["--oracle", "--env", "cheetah-vel"], "--oracle needs clusters"),
+        (["--eta", "-1"], "at least 0"),
+        (["--lr", "0"], "must be positive"),
+        (["--inner-steps", "0", "--train-alpha"], "need --inner-steps"),
+        (["--tasks", "1"], "--tasks must be at least 2"),
+        (["--evaluate", "nowhere"], "not a run folder"),
+    ],
+)
+def test_wrong_input_gets_one_line(argv, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        promp.parse_args(argv)
+    assert "\n" not in str(error.value)

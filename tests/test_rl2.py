@@ -1,0 +1,212 @@
+"""RL2: the memory and its life, and that the policy's loss trains it."""
+
+import gymnasium as gym
+import pytest
+import rl2
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_args(**kwargs) -> rl2.Args:
+    defaults = dict(hidden=8, embed=(5, 4, 3), latent_dim=12, policy_embed=5, policy_hidden=(7,), num_threads=1)
+    return rl2.Args(**(defaults | kwargs))
+
+
+def play(args, env_id="hopper-params-4c", n=3):
+    env = gym.make_vec(env_id, num_envs=n)
+    agent = rl2.make_agent(env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], args)
+    return agent, rl2.run_trial(env, env.unwrapped.task_set("train")[:n], 0, agent, args, test=False)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encode_first", [False, True])
+def test_what_acted_is_what_the_update_encodes(encode_first):
+    """Step by step in the rollout, in one pass over both episodes in the update."""
+    args = small_args(encode_first=encode_first)
+    agent, (first, second) = play(args)
+    latent = rl2.encode_trial(agent["encoder"], (first, second), args)
+    assert latent.shape == (200, 3, 12)
+    torch.testing.assert_close(latent, torch.cat([first.latent[:-1], second.latent[:-1]]), atol=1e-5, rtol=1e-4)
+
+
+def test_memory_survives_the_episode_and_dies_with_the_trial():
+    agent, (first, second) = play(small_args())
+    zero = agent["encoder"].latent(torch.zeros(3, 8))
+    torch.testing.assert_close(first.latent[0], zero, atol=1e-6, rtol=0)
+    assert torch.equal(second.latent[0], first.latent[-1]) and not torch.isclose(second.latent[0], zero).all()
+
+
+def test_the_first_states_are_unseen_unless_encoded():
+    for encode_first in (False, True):
+        _, (first, second) = play(small_args(encode_first=encode_first))
+        assert (first.latent[0] == first.latent[0, :1]).all() == (not encode_first)
+        assert torch.equal(second.latent[0], first.latent[-1]) == (not encode_first)
+
+
+def test_an_action_of_episode_2_depends_on_episode_1_and_none_on_the_future():
+    args = small_args()
+    agent, trial = play(args)
+    first, second = trial
+    action = first.action.requires_grad_()
+    latent = rl2.encode_trial(agent["encoder"], (first._replace(action=action), second), args)
+    (gradient,) = torch.autograd.grad(latent[105].sum(), action, retain_graph=True)
+    assert (gradient.abs().sum((1, 2))[60:] > 0).all()
+    (none,) = torch.autograd.grad(latent[50].sum(), action)
+    assert (none[50:] == 0).all() and (none[49] != 0).any()
+
+
+def test_the_memory_gets_squashed_actions():
+    args = small_args(squash="sample")
+    agent, trial = play(args)
+    torch.testing.assert_close(trial[0].action, trial[0].sample.tanh())
+    latent = rl2.encode_trial(agent["encoder"], trial, args)
+    torch.testing.assert_close(latent[:100], trial[0].latent[:-1], atol=1e-5, rtol=1e-4)
+
+
+def test_the_empty_memory_trains_its_layer():
+    args = small_args()
+    agent, trial = play(args)
+    latent = rl2.encode_trial(agent["encoder"], trial, args)
+    assert torch.autograd.grad(latent[0].sum(), agent["encoder"].head.bias)[0].sum() > 0, "D3"
+
+
+def test_what_pi_sees_is_rectified_where_asked():
+    h = torch.randn(20, 8)
+    assert (rl2.Encoder(6, 2, small_args()).latent(h) >= 0).all()
+    assert (rl2.Encoder(6, 2, small_args(relu=False)).latent(h) < 0).any()
+
+
+# -- update ------------------------------------------------------------------------------------------------------------
+
+
+def optimizers(agent, lr=1e-3):
+    return {name: torch.optim.Adam(agent[name].parameters(), lr) for name in ("policy", "encoder")}
+
+
+def test_the_loss_trains_the_memory():
+    args = small_args()
+    agent, trial = play(args)
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
+    moved = {name for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+    assert {n for n in before if n.startswith("encoder.")} <= moved and "policy.log_std" in moved
+
+
+def test_the_first_step_has_ratios_of_one_and_the_second_has_not(monkeypatch):
+    """The same latents as those that acted; then new ones, encoded with the new θ."""
+    args, seen = small_args(ppo_epochs=2, clip=1e9, squash="sample"), []
+    agent, trial = play(args)
+    encode = rl2.encode_trial
+    monkeypatch.setattr(rl2, "encode_trial", lambda *a: seen.append(encode(*a)) or seen[-1])
+    rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
+    acted = torch.cat([episode.latent[:-1] for episode in trial])
+    torch.testing.assert_close(seen[0].detach(), acted, atol=1e-5, rtol=1e-4)
+    assert len(seen) == 2 and not torch.allclose(seen[1].detach(), acted, atol=1e-4)
+    once = small_args(ppo_epochs=1, clip=1e9, squash="sample")
+    agent, trial = play(once)
+    losses = rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), once)
+    assert losses[0].item() == pytest.approx(0, abs=1e-5), "minus the mean of normalised advantages"
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_rates_and_scale_of_the_rewards(monkeypatch, tmp_path, anneal):
+    args = small_args(
+        env="point-goal-4c", horizon=5, num_envs=4, frames=120, anneal=anneal, normalise_reward=anneal, lr_policy=0.3,
+        lr_encoder=0.6, run_dir=str(tmp_path), eval_every=9,
+    )  # fmt: skip
+    rates, raw, update = [], [], rl2.ppo_update
+
+    def spy(agent, adam, trial, reward, args):
+        rates.append([adam[name].param_groups[0]["lr"] for name in ("policy", "encoder")])
+        raw.append(torch.equal(reward, torch.cat([episode.reward for episode in trial])))
+        return update(agent, adam, trial, reward, args)
+
+    monkeypatch.setattr(rl2, "ppo_update", spy)
+    monkeypatch.setattr(rl2.signal, "signal", lambda *_: None)
+    rl2.train(args)
+    expected = [[0.3, 0.6], [0.2, 0.4], [0.1, 0.2]] if anneal else [[0.3, 0.6]] * 3
+    assert [r for pair in rates for r in pair] == pytest.approx([r for pair in expected for r in pair])
+    assert raw == [not anneal] * 3
+
+
+def test_ppo_prefers_the_better_action():
+    args = small_args(gamma=0.0, policy_embed=0)
+    agent, trial = play(args)
+    adam, first = optimizers(agent, 3e-3), agent["policy"].mean(trial[0].latent[:-1]).mean().item()
+    for _ in range(15):
+        with torch.no_grad():
+            latent = torch.cat([episode.latent[:-1] for episode in trial])
+            sample = agent["policy"].distribution(latent).sample().split(100)
+            acted = [rl2.Episode(e.obs, e.action, s, e.reward, e.latent) for e, s in zip(trial, sample)]
+        rl2.ppo_update(agent, adam, tuple(acted), torch.cat(sample).sum(-1), args)
+        new = rl2.encode_trial(agent["encoder"], trial, args).detach()
+        ends = [e.latent[-1:] for e in trial]
+        trial = tuple(e._replace(latent=torch.cat([n, end])) for e, n, end in zip(trial, new.split(100), ends))
+    assert agent["policy"].mean(trial[0].latent[:-1]).mean().item() > first + 0.2
+
+
+def test_clipped_norms(monkeypatch):
+    args, norms = small_args(encoder_clip=0.01), []
+    agent, trial = play(args)
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: norms.append(c) or clip(p, c))
+    rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
+    assert norms == [0.5, 0.01] * 2
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+# frames, H, copies, epochs, minibatches, clip, both rates, anneal, γ, entropy, ReLU, hidden, embedding, initialisation,
+# squashing, normalised rewards, clip of θ's gradient
+ANT = (5e7, 100, 16, 2, 1, 0.05, 3e-4, 3e-4, True, 0.97, 0.01, True, (128,), 64, "orthogonal", "none", True, 0.5)
+HUMANOID = (3e7, 100, 32, 4, 2, 0.1, 7e-4, 1e-3, True, 0.99, 1e-3, False, (128, 128), 0, "orthogonal", "sample", False)
+HUMANOID += (1.0,)
+WALKER = (1e7, 100, 16, 2, 1, 0.05, 7e-4, 7e-4, False, 0.97, 0.01, True, (128,), 0, "normc", "none", True, 0.5)
+DIR = (1e8, 200, 8, 2, 4, 0.1, 7e-4, 7e-4, False, 0.97, 0.01, True, (128,), 0, "normc", "none", True, 0.5)
+VEL = (1e8, 200, 32, 2, 4, 0.1, 7e-4, 7e-4, False, 0.97, 0.01, True, (128,), 0, "normc", "none", True, 0.5)
+OFFICIAL = {
+    "ant-goal-4c": ANT,
+    "ant-goal-partial-4c": ANT,
+    "ant-goal-u": ANT,
+    "humanoid-dir-4c": HUMANOID,
+    "humanoid-dir-sparse-4c": HUMANOID,
+    "hopper-params-4c": WALKER,
+    "walker-params-4c": WALKER,
+    "cheetah-dir": DIR,
+    "cheetah-vel": VEL,
+}
+
+
+@pytest.mark.parametrize("env_id", OFFICIAL)
+def test_presets_are_the_official_configurations_of_the_robot(env_id):
+    a = rl2.parse_args(["--env", env_id])
+    ppo = (a.frames, a.horizon, a.num_envs, a.ppo_epochs, a.minibatches, a.clip, a.lr_policy, a.lr_encoder, a.anneal)
+    rest = (a.gamma, a.entropy, a.relu, a.policy_hidden, a.policy_embed, a.policy_init, a.squash, a.normalise_reward)
+    assert ppo + rest + (a.encoder_clip,) == OFFICIAL[env_id]
+    assert (a.embed, a.hidden, a.latent_dim, a.gae_lambda) == ((32, 16, 16), 128, 256, 0.9)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--env", "ant-gaol-4c"], "did you mean ant-goal-4c"),
+        (["--minibatches", "0"], "--minibatches must be at least 1"),
+        (["--num-envs", "501"], "at most 500"),
+        (["--env", "ant-dir"], "may end with a fall"),
+        (["--minibatches", "1000000"], "--minibatches must be at most"),
+        (["--lr-policy", "-1"], "--lr-policy must be positive"),
+        (["--gamma", "2"], r"must be in \[0, 1\]"),
+        (["--horizon", "1", "--cut-episodes"], "leaves nothing"),
+        (["--resume", "a", "--evaluate", "b"], "contradict"),
+    ],
+)
+def test_wrong_input_gets_one_line(argv, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        rl2.parse_args(argv)
+    assert "\n" not in str(error.value)

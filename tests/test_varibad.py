@@ -1,0 +1,284 @@
+"""VariBAD's mathematics: the chain of beliefs, the ELBO against a slow one, the return of a trial."""
+
+import gymnasium as gym
+import pytest
+import torch
+import varibad
+from torch.distributions import Normal, kl_divergence
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_args(**kwargs) -> varibad.Args:
+    defaults = dict(hidden=8, embed=(5, 4, 3), latent_dim=3, reward_decoder=(7, 6), num_threads=1)
+    return varibad.Args(**(defaults | kwargs))
+
+
+def trials(n=3, horizon=5, obs_dim=6, action_dim=2):
+    return torch.randn(n, 2, horizon + 1, obs_dim), torch.randn(n, 2, horizon, action_dim), torch.randn(n, 2, horizon)
+
+
+# -- variational inference ---------------------------------------------------------------------------------------------
+
+
+def test_kl_of_a_belief_that_stays_at_the_prior_is_zero():
+    args = small_args()
+    agent = varibad.make_agent(6, 2, args)
+    for head in (agent["encoder"].mean, agent["encoder"].log_var):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    assert varibad.elbo_loss(agent, *trials(), args)["kl_z"] == 0
+
+
+@pytest.mark.parametrize("state_decoder", [(), (9, 5)])
+@pytest.mark.parametrize("sampled", [dict(), dict(elbo_terms=4, decodes=3)])
+def test_elbo_against_a_slow_reference(state_decoder, sampled):
+    """Step by step, term by term, transition by transition, with the same random numbers; and its gradients."""
+    args = small_args(state_decoder=state_decoder, kl_weight=0.7, lambda_s=0.5, **sampled)
+    agent, (obs, action, reward) = varibad.make_agent(6, 2, args), trials()
+    encoder, n, steps = agent["encoder"], len(obs), 10
+    torch.manual_seed(1)
+    ours = varibad.elbo_loss(agent, obs, action, reward, args)
+
+    torch.manual_seed(1)
+    terms = torch.randint(steps + 1, (n, 4)) if sampled else torch.arange(steps + 1).expand(n, -1)
+    noise = torch.randn(*terms.shape, 3)
+    decoded = torch.randint(steps, (*terms.shape, 3)) if sampled else torch.arange(steps).expand(*terms.shape, -1)
+    loss = 0.0
+    for i in range(n):
+        transitions = [
+            (obs[i, e, t], action[i, e, t], reward[i, e, t], obs[i, e, t + 1]) for e in range(2) for t in range(5)
+        ]
+        h, beliefs = torch.zeros(1, 8), [Normal(torch.zeros(3), torch.ones(3))]
+        for t in range(steps + 1):
+            if t > 0:
+                _, a, r, s2 = transitions[t - 1]
+                h = encoder(a[None, None], r[None, None], s2[None, None], h)[0]
+            beliefs.append(Normal(encoder.mean(h)[0], (0.5 * encoder.log_var(h)[0]).exp()))
+        for k, t in enumerate(terms[i].tolist()):
+            z = beliefs[t + 1].mean + beliefs[t + 1].stddev * noise[i, k]
+            loss += 0.7 * kl_divergence(beliefs[t + 1], beliefs[t]).sum() / n
+            for j in decoded[i, k].tolist():
+                s, a, r, s2 = transitions[j]
+                loss += (decode(agent["reward_decoder"], z, s, a, s2) - r).square().sum() / n
+                if state_decoder:
+                    loss += 0.5 * (decode(agent["state_decoder"], z, s, a, s2) - s2).square().mean() / n
+    assert ours["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    trained = [p for name, p in agent.named_parameters() if not name.startswith("policy")]
+    for a, b in zip(*(torch.autograd.grad(x, trained) for x in (ours["loss"], loss))):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def decode(decoder, z, s, a, s2):
+    """Of one transition, on the plain concatenation."""
+    state, action = decoder.embed_state(s).relu(), decoder.embed_action(a).relu()
+    parts = [z, decoder.embed_state(s2).relu(), action, state] if decoder.sees_next else [z, action, state]
+    return decoder.rest(decoder.first(torch.cat(parts)))
+
+
+def test_truncation_cuts_the_gradient_and_nothing_else():
+    agent, batch, found = varibad.make_agent(6, 2, small_args()), trials(), {}
+    for truncate in (0, 10, 3):
+        torch.manual_seed(1)
+        loss = varibad.elbo_loss(agent, *batch, small_args(truncate=truncate))["loss"]
+        found[truncate] = loss.detach(), torch.autograd.grad(loss, agent["encoder"].gru.weight_hh_l0)[0]
+    for (loss, gradient), same in ((found[10], True), (found[3], False)):
+        torch.testing.assert_close(loss, found[0][0])
+        assert torch.allclose(gradient, found[0][1], rtol=1e-3) == same
+
+
+def test_one_update_moves_the_encoder_and_not_the_policy():
+    args = small_args()
+    agent = varibad.make_agent(6, 2, args)
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
+    varibad.vae_update(agent, optimizer, list(trials()), args)
+    moved = {name.split(".")[0] for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"encoder", "reward_decoder"}
+
+
+# -- sampler -----------------------------------------------------------------------------------------------------------
+
+
+def play(args, env_id="hopper-params-4c", n=3):
+    env = gym.make_vec(env_id, num_envs=n)
+    agent = varibad.make_agent(env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], args)
+    return agent, *varibad.run_trial(env, env.unwrapped.task_set("train")[:n], 0, agent, args, test=False)
+
+
+def test_the_belief_lives_for_one_trial():
+    """From the heads of h = 0 over both episodes, equal to one pass over the whole trial."""
+    agent, first, second = play(small_args())
+    torch.testing.assert_close(second.latent[0], first.latent[-1], atol=0, rtol=0)
+    action, reward = (torch.cat([getattr(e, k) for e in (first, second)]) for k in ("action", "reward"))
+    next_obs = torch.cat([e.obs[1:] for e in (first, second)])
+    with torch.no_grad():
+        h = agent["encoder"](action, reward, next_obs, torch.zeros(3, 8))
+        latent = agent["encoder"].latent(torch.cat([torch.zeros(1, 3, 8), h]))
+    torch.testing.assert_close(latent, torch.cat([first.latent, second.latent[1:]]), atol=1e-5, rtol=1e-4)
+
+
+def test_episodes_end_with_the_flag_and_begin_with_a_reset():
+    for keep in (False, True):
+        _, first, second = play(small_args(keep_terminal=keep), env_id="point-goal-4c")
+        for episode in (first, second):
+            assert (episode.obs[1:-1, :, -1] == 0).all() and (episode.obs[-1, :, -1] == 1).all()
+        state = first.obs[-1] if keep else torch.zeros(3, 3)  # a point starts at the origin
+        torch.testing.assert_close(second.obs[0], state, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("squash", ["none", "mean", "sample"])
+def test_squashing(squash):
+    """Of the mean, or of the sample; the environment and the encoder get what it gives."""
+    agent, first, _ = play(small_args(squash=squash))
+    torch.testing.assert_close(first.action, first.sample.tanh() if squash == "sample" else first.sample)
+    agent["policy"].actor[-1].bias.data += 5
+    assert (agent["policy"].mean(torch.randn(4, 12), torch.randn(4, 6)).abs() <= 1).all() == (squash == "mean")
+    with torch.no_grad():
+        h = agent["encoder"](first.action, first.reward, first.obs[1:], torch.zeros(3, 8))
+    torch.testing.assert_close(agent["encoder"].latent(h), first.latent[1:], atol=1e-5, rtol=1e-4)
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+
+def test_the_return_of_episode_2_reaches_episode_1_unless_cut():
+    reward, value = torch.randn(10, 2), torch.randn(11, 2)
+    other = reward + torch.arange(10)[:, None].ge(5)  # another episode 2
+    whole, cut = small_args(horizon=5), small_args(horizon=5, cut_episodes=True)
+    assert not torch.isclose(varibad.advantages(reward, value, whole), varibad.advantages(other, value, whole)).any()
+    same = torch.isclose(varibad.advantages(reward, value, cut), varibad.advantages(other, value, cut))
+    assert same[:5].all() and not same[5:9].any()
+
+
+def test_cut_advantages_against_the_official_recursion():
+    """Backwards over the trial; at the last step of an episode the advantage so far is set to zero."""
+    args = small_args(horizon=5, cut_episodes=True)
+    reward, value = torch.randn(10, 2), torch.randn(11, 2)
+    expected, last = torch.zeros(10, 2), torch.zeros(2)
+    for t in reversed(range(10)):
+        last = reward[t] + args.gamma * value[t + 1] - value[t] + args.gamma * args.gae_lambda * last
+        last = torch.zeros(2) if t % 5 == 4 else last
+        expected[t] = last
+    torch.testing.assert_close(varibad.advantages(reward, value, args), expected)
+
+
+def make_trial(steps=10, n=4) -> varibad.Episode:
+    sample = torch.randn(steps, n, 2)
+    return varibad.Episode(torch.randn(steps + 1, n, 6), sample, sample, torch.empty(0), torch.randn(steps + 1, n, 6))
+
+
+def test_ppo_learns_from_the_advantages_of_the_trial(monkeypatch):
+    """With the values of all H+ + 1 states, by the statistics that acted; its first ratios are 1 by the new ones."""
+    args = small_args(normalise_latent=True, ppo_epochs=1, clip=1e9)
+    policy, seen, advantages = varibad.Policy(6, 2, args), [], varibad.advantages
+    policy.latent_stats.update(3 + torch.randn(100, 6))
+    trial = make_trial()
+    with torch.no_grad():
+        expected = policy.value(trial.obs, trial.latent)
+    monkeypatch.setattr(varibad, "advantages", lambda r, v, a: seen.append(v) or advantages(r, v, a))
+    losses = varibad.ppo_update(policy, torch.optim.Adam(policy.parameters(), 1e-3), trial, torch.randn(10, 4), args)
+    torch.testing.assert_close(seen[0], expected)
+    assert losses[0].item() == pytest.approx(0, abs=1e-5), "minus the mean of normalised advantages"
+
+
+def test_ppo_prefers_the_better_action():
+    args = small_args(gamma=0.0)
+    policy, trial = varibad.Policy(6, 2, args), make_trial(50, 16)
+    optimizer, first = torch.optim.Adam(policy.parameters(), 1e-3), policy.mean(trial.obs, trial.latent).mean().item()
+    for _ in range(40):
+        with torch.no_grad():
+            sample = policy.distribution(trial.obs[:-1], trial.latent[:-1]).sample()
+        varibad.ppo_update(policy, optimizer, trial._replace(sample=sample), sample.sum(-1), args)
+    assert policy.mean(trial.obs, trial.latent).mean().item() > first + 0.2
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_rates_and_numbers_of_updates(monkeypatch, tmp_path, anneal):
+    args = small_args(
+        env="point-goal-4c", horizon=5, num_envs=4, frames=120, precollect=1, vae_updates=3, vae_batch=2,
+        anneal=anneal, lr_policy=3e-3, lr_vae=2e-3, run_dir=str(tmp_path), eval_every=9,
+    )  # fmt: skip
+    rates = []
+    monkeypatch.setattr(varibad.signal, "signal", lambda *_: None)
+    for name in ("ppo_update", "vae_update"):
+        original = getattr(varibad, name)
+        spy = lambda *a, f=original: rates.append(a[1].param_groups[0]["lr"]) or f(*a)  # noqa: E731
+        monkeypatch.setattr(varibad, name, spy)
+    varibad.train(args)
+    policy = (3e-3, 2e-3, 1e-3) if anneal else (3e-3, 3e-3, 3e-3)
+    assert rates == pytest.approx([rate for p in policy for rate in (p, 2e-3, 2e-3, 2e-3)])
+
+
+def test_normalised_beliefs():
+    policy = varibad.Policy(6, 2, small_args(normalise_latent=True))
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+    obs, latent, sample = torch.randn(11, 4, 6), 5 + 2 * torch.randn(11, 4, 6), torch.randn(10, 4, 2)
+    episode = varibad.Episode(obs, sample, sample, obs, latent)
+    varibad.ppo_update(policy, optimizer, episode, torch.randn(10, 4), small_args())
+    torch.testing.assert_close(policy.latent_stats.mean.float(), latent[:-1].mean((0, 1)), atol=1e-3, rtol=0)
+    shifted = varibad.Policy(6, 2, small_args(normalise_latent=True))
+    shifted.load_state_dict(policy.state_dict())
+    shifted.latent_stats.mean += 1
+    torch.testing.assert_close(policy.mean(obs, latent), shifted.mean(obs, latent + 1))
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+# frames, H, copies, epochs, minibatches, clip, lr, anneal, γ, entropy, hidden, embedding, initialisation, normalised
+# beliefs, squashing, latent, state decoder, terms, decodes, truncation, ELBO updates, weight of the KL
+ANT = (5e7, 100, 16, 2, 1, 0.05, 1e-3, True, 0.97, 0.01, (128, 128), 64, "orthogonal", False, "none", 10, (), 0, 0, 0)
+ANT += (5, 1.0)
+HUMANOID = (3e7, 100, 64, 4, 2, 0.1, 7e-4, True, 0.99, 1e-3, (512, 256), 0, "orthogonal", False, "sample", 10, (), 100)
+HUMANOID += (100, 0, 10, 1.0)
+WALKER = (1e7, 100, 16, 2, 2, 0.05, 7e-4, False, 0.97, 0.01, (128, 128), 64, "normc", True, "none", 10, (256, 128), 50)
+WALKER += (50, 50, 1, 10.0)
+DIR = (1e8, 200, 32, 16, 4, 0.1, 7e-4, False, 0.97, 0.01, (128, 128), 64, "normc", True, "mean", 5, (), 50, 50, 50)
+DIR += (1, 1.0)
+VEL = (1e8, 200, 16, 2, 8, 0.1, 7e-4, False, 0.97, 0.01, (128, 128), 64, "normc", True, "none", 5, (), 50, 50, 50)
+VEL += (1, 1.0)
+OFFICIAL = {
+    "ant-goal-4c": ANT,
+    "ant-goal-partial-4c": ANT,
+    "ant-goal-u": ANT,
+    "humanoid-dir-4c": HUMANOID,
+    "humanoid-dir-sparse-4c": HUMANOID,
+    "hopper-params-4c": WALKER,
+    "walker-params-4c": WALKER,
+    "cheetah-dir": DIR,
+    "cheetah-vel": VEL,
+}
+
+
+@pytest.mark.parametrize("env_id", OFFICIAL)
+def test_presets_are_the_official_configurations_of_the_robot(env_id):
+    a = varibad.parse_args(["--env", env_id])
+    ppo = (a.frames, a.horizon, a.num_envs, a.ppo_epochs, a.minibatches, a.clip, a.lr_policy, a.anneal, a.gamma)
+    policy = (a.entropy, a.policy_hidden, a.policy_embed, a.policy_init, a.normalise_latent, a.squash, a.latent_dim)
+    elbo = (a.state_decoder, a.elbo_terms, a.decodes, a.truncate, a.vae_updates, a.kl_weight)
+    assert ppo + policy + elbo == OFFICIAL[env_id]
+    decoder = ((32, 32, 32), (256, 64)) if env_id.endswith("params-4c") else ((32, 16, 16), (64, 32))
+    assert (a.embed, a.reward_decoder) == decoder
+    assert (a.hidden, a.vae_batch, a.lr_vae, a.buffer_trials) == (128, 10, 1e-3, 10_000)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--env", "ant-gaol-4c"], "did you mean ant-goal-4c"),
+        (["--elbo-terms", "-1"], "--elbo-terms must be at least 0"),
+        (["--num-envs", "501"], "at most 500"),
+        (["--env", "ant-dir"], "may end with a fall"),
+        (["--minibatches", "1000000"], "--minibatches must be at most"),
+        (["--lr-policy", "-1"], "--lr-policy must be positive"),
+        (["--gamma", "2"], r"must be in \[0, 1\]"),
+        (["--horizon", "1", "--cut-episodes"], "leaves nothing"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_wrong_input_stops(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        varibad.parse_args(argv)
