@@ -9,7 +9,7 @@
 #   ./benchmark.sh belief-mujoco     RL2 and VariBAD on hopper-params-4c and walker-params-4c (1 million frames)
 #   ./benchmark.sh promp             ProMP on cheetah-dir, 16 million frames
 #   ./benchmark.sh pearl-point       PEARL on point-goal-4c, 3 seeds, and the figures
-#   ./benchmark.sh pearl-mujoco      PEARL on cheetah-dir, 70 iterations
+#   ./benchmark.sh pearl-mujoco      PEARL on cheetah-dir, 60 iterations
 # SLURM=1 submits each run as a job instead of running them one after the other.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -54,6 +54,6 @@ case "${1:-}" in
     for seed in 0 1 2; do run python algos/pearl.py --env point-goal-4c --seed "$seed" --run-dir runs/pearl-point; done
     [ "${SLURM:-}" ] || python results/plot.py runs/pearl-point/* --out runs/pearl-point-figures
     ;;
-  pearl-mujoco) run python algos/pearl.py --env cheetah-dir --iterations 70 --eval-every 2 ;;
+  pearl-mujoco) run python algos/pearl.py --env cheetah-dir --iterations 60 --eval-every 2 ;;
   *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -33,6 +33,9 @@ Deviations from the official code (C)
   D5  C tests on its own tasks, several times each where there are few; here on the environment's 32 or 40, once each.
       C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2).
   D6  No option of C: dense reward with sparse context, encoder without bottleneck, recurrent encoder.
+
+Tested       python algos/pearl.py --env cheetah-dir --iterations 60   (604,000 frames, two hours on one core of an AMD
+             EPYC): 1141 in the episode after inference (forward 1091, backward 1190), -118 and 51 in the two before.
 """
 
 import argparse

@@ -244,7 +244,7 @@ def nmi(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     print(path)
 
