@@ -83,9 +83,10 @@ def learning_curves(runs: list[Path], out: Path) -> None:
     if len(environments := {args["env"] for args in settings}) > 1:
         raise SystemExit(f"plot.py: error: runs of different environments: {', '.join(sorted(environments))}")
     (env,) = environments
-    shared = [k for k in settings[0] if k not in NOT_THE_METHOD and all(k in args for args in settings)]
     for run, args in zip(runs, settings):
-        differs = [f"{k}={args[k]}" for k in shared if any(args[k] != other[k] for other in settings)]
+        same_script = [other for other in settings if other["script"] == args["script"]]
+        shared = [k for k in args if k not in NOT_THE_METHOD and all(k in other for other in same_script)]
+        differs = [f"{k}={args[k]}" for k in shared if any(args[k] != other[k] for other in same_script)]
         groups[" ".join([args["script"], *differs])].append(read_csv(run / "eval.csv"))
     anchors = {action: scripted_return(env, settings[0].get("horizon"), action) for action in ("oracle", "still")}
     every = dict.fromkeys(k for tables in groups.values() for k in tables[0])

@@ -48,7 +48,7 @@ EVALUATED = {script: "eval/return_episode_{}" for script in MODULES} | {
     script: "eval/return_step_{}" for script in ("maml", "promp")
 }
 CLOCK = ("charts/sps", "time/sample", "time/ppo", "time/elbo", "time/update")
-NAN = [("milet", "--lr-vae"), ("varibad", "--lr-vae"), ("rl2", "--lr-encoder"), ("maml", "--alpha")]
+NAN = [("milet", "--lr-vae"), ("varibad", "--lr-vae"), ("rl2", "--lr-policy"), ("maml", "--alpha")]
 NAN += [("promp", "--lr"), ("pearl", "--lr")]
 scripts = pytest.mark.parametrize("script", MODULES)
 
