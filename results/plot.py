@@ -202,7 +202,7 @@ def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     axes[0].set(ylabel="standard deviation of q(z)", ylim=(0, None))
     for line, cluster in zip((mean @ direction).T, data["cluster"]):
         axes[1].plot(line, color=CLUSTER_COLOURS[cluster % 10], linewidth=0.8)
-    axes[1].set_ylabel("mean of q(z), first principal component")
+    axes[1].set_ylabel("mean of q(z), first PC")
     for axis in axes:
         axis.axvline(len(first) - 1, color="0.4", linestyle=":", linewidth=1)
         axis.set_xlabel("step of the trial")
