@@ -110,13 +110,16 @@ def draw_curves(groups: dict[str, list], panels: dict[str, tuple], env: str, row
     for i, (axis, (column, (tasks, anchors))) in enumerate(zip(axes.flat, panels.items())):
         levels = {action: level[tasks].mean() for action, level in anchors.items() if level is not None}
         seen[i // columns] += levels.values()
-        for label, tables in [(label, tables) for label, tables in groups.items() if column in tables[0]]:
+        for n, (label, tables) in enumerate(groups.items()):
+            if column not in tables[0]:
+                continue
             common = reduce(np.intersect1d, [t["iteration"] for t in tables])
             kept = [np.isin(t["iteration"], common) for t in tables]
             frames = np.mean([t["charts/frames"][rows] for t, rows in zip(tables, kept)], axis=0)
             values = np.stack([t[column][rows] for t, rows in zip(tables, kept)])
-            (line,) = axis.plot(frames, values.mean(0), label=f"{label} ({len(tables)} seed{'s'[: len(tables) > 1]})")
-            axis.fill_between(frames, *interval(values), alpha=0.25, color=line.get_color(), linewidth=0)
+            label = f"{label} ({len(tables)} seed{'s'[: len(tables) > 1]})"
+            axis.plot(frames, values.mean(0), color=f"C{n}", label=label)
+            axis.fill_between(frames, *interval(values), alpha=0.25, color=f"C{n}", linewidth=0)
             seen[i // columns] += [values[:, len(frames) // 4 :].min(), values.max()]  # untrained agents may fall out
         for action, level in levels.items():
             name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
@@ -128,7 +131,8 @@ def draw_curves(groups: dict[str, list], panels: dict[str, tuple], env: str, row
         margin = 0.05 * (max(values) - min(values))
         row[0].set_ylim(min(values) - margin, max(values) + margin)
         row[0].set_ylabel("return on held-out tasks")
-        row[-1].legend(fontsize=7)
+        most = max(row, key=lambda axis: len(axis.get_lines()))  # not every method has every episode
+        most.legend(fontsize=7)
     figure.suptitle(env)
     save(figure, path)
 
