@@ -144,7 +144,7 @@ class MLP(nn.Module):
             self.weights.append(torch.empty(copies, inputs, outputs).uniform_(-weight, weight))
             shape = copies, 1, outputs
             self.biases.append(torch.full(shape, 0.1) if bias is None else torch.empty(shape).uniform_(-bias, bias))
-        self.layers = list(zip(self.weights, self.biases))  # once: reading a ParameterList takes longer than a layer
+        self.layers = list(zip(self.weights, self.biases))  # once: reading a ParameterList is slow
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Inputs, joined along the last dimension, [row, ·] -> [copies, row, out]."""

@@ -1,7 +1,7 @@
 """ProMP: Proximal Meta-Policy Search (Rothfuss, Lee, Clavera, Asfour and Abbeel, ICLR 2019).
 
-Official code: github.com/jonasrothfuss/ProMP. Deviations are from it (C). With --oracle it is Multi-ProMP; with
---inner-steps 0, PPO without minibatches on all tasks.
+Official code: github.com/jonasrothfuss/ProMP. With --oracle it is Multi-ProMP; with --inner-steps 0, PPO without
+minibatches on all tasks.
 
 Objective    min over θ:  E_i[ S_clip(θ_n) + 1/n Σ_k<n η_k KL(π_old,k ‖ π_θ_k) ],  with gradients through all steps
              S_clip = E_Dn[ -min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) ],  ρ = π_θ_n / π_old,n
@@ -312,7 +312,7 @@ def promp_update(
     stats = dict(surrogate_before=surrogates[0], surrogate_after=surrogates[-1], kl_outer=kls[-1].mean())
     for k, kl in enumerate(kls[:-1]):
         stats |= {f"kl_inner_{k}": kl.mean(), f"eta_{k}": agent["eta"][:, k].mean()}
-    if args.adapt_eta:
+    if args.adapt_eta:  # D7
         kl = torch.stack([kls[:-1, learner == m].mean(1) for m in range(len(agent["eta"]))])  # [learner, n]
         agent["eta"].copy_(adapted_eta(agent["eta"], kl, args.kl_target))
     return {f"promp/{k}": float(v) for k, v in stats.items()}

@@ -26,6 +26,9 @@ Deviations from the official code (C)
   D5  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
   D6  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D7  C's scale of the rewards is updated every step; here once a trial.
+
+Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (2.56 million frames, 5 minutes on one core of an
+             AMD EPYC, three seeds): episode 1 -45, -42, -46, episode 2 -40, -38, -45; one who knows the goal -19.
 """
 
 import argparse

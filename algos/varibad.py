@@ -32,6 +32,9 @@ Deviations from the official code (C)
   D7  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D8  C's scale of the rewards is updated every step; here once a trial.
   D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more. So in C.
+
+Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 million frames, 3 minutes on one core of
+             an AMD EPYC, three seeds): episode 1 -55, -55, -57, episode 2 -53, -51, -50; one who knows the goal -19.
 """
 
 import argparse

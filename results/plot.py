@@ -219,7 +219,7 @@ def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
 
     Colour inferred, shape true cluster. Where no clusters are inferred, the colour is the true cluster too.
     """
-    latent = data["latent"] if data["latent"].ndim == 2 else data["latent"][0, -1]  # mean and variance of z
+    latent = data["latent"] if data["latent"].ndim == 2 else data["latent"][0, -1]  # mean of z, and how sure
     mean = latent[:, : latent.shape[1] // 2]  # [task, latent_dim]
     mean = np.pad(mean, ((0, 0), (0, max(0, 2 - mean.shape[1]))))  # a point in the plane needs two numbers
     guess = data["q"][0, -1].argmax(-1) if "q" in data else data["cluster"]
