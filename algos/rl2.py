@@ -205,19 +205,19 @@ class Policy(nn.Module):
         normc_(self.actor[-1].weight, 1.0)
         nn.init.zeros_(self.actor[-1].bias)
 
-    def mean(self, latent: Tensor) -> Tensor:
-        mean = self.actor(self.embed(latent))
+    def mean(self, x: Tensor) -> Tensor:
+        mean = self.actor(x)
         return mean.tanh() if self.squash_mean else mean
 
-    def value(self, latent: Tensor) -> Tensor:
-        return self.critic(self.embed(latent))[..., 0]
+    def value(self, x: Tensor) -> Tensor:
+        return self.critic(x)[..., 0]
 
     def std(self) -> Tensor:
         return self.log_std.exp().clamp(min=1e-6)
 
-    def distribution(self, latent: Tensor) -> Normal:
+    def distribution(self, x: Tensor) -> Normal:
         """Before the squashing, whose Jacobian cancels in PPO's ratio."""
-        return Normal(self.mean(latent), self.std(), validate_args=False)
+        return Normal(self.mean(x), self.std(), validate_args=False)
 
 
 # Copied from algos/milet.py
@@ -265,7 +265,7 @@ def rollout(
     actions, samples, latents = [], [], [encoder.latent(h)]
     states[0] = obs
     for t in range(horizon):
-        sample = policy.mean(latents[t]) + noise[t]
+        sample = policy.mean(policy.embed(latents[t])) + noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
         states[t + 1, :, -1] = t + 1 == horizon  # the done flag
@@ -333,13 +333,13 @@ def value_loss(value: Tensor, old: Tensor, goal: Tensor, clip: float) -> Tensor:
 
 
 def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -> Tensor:
-    """What π sees at the H+ steps of the trials, with the gradients of all steps before: [H+, env, latent_dim]."""
+    """h before each of the H+ steps of the trials, with the gradients of all steps before: [H+, env, hidden]."""
     h, memory = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device), []
     for obs, action, _, reward, _ in trial:
         h = encoder.first(obs[0], h) if args.encode_first else h
         memory.append(torch.cat([h[None], encoder(action, reward, obs[1:], h)]))
         h = memory[-1][-1]
-    return encoder.latent(torch.cat([m[:-1] for m in memory]))  # D3
+    return torch.cat([m[:-1] for m in memory])
 
 
 def ppo_update(
@@ -350,31 +350,33 @@ def ppo_update(
 
     Every step encodes the trials anew, so that the loss trains the memory too.
     """
-    policy, reward = agent["policy"], reward.to(args.device)
+    policy, encoder, reward = agent["policy"], agent["encoder"], reward.to(args.device)
     trial = tuple(Episode(*(x.to(args.device) for x in episode)) for episode in trial)
     episode = join(*trial)
     with torch.no_grad():
-        value = policy.value(episode.latent)
+        x = policy.embed(episode.latent)
+        value = policy.value(x)
         advantage = advantages(reward, value, args)
         goal = advantage + value[:-1]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
-        old = policy.distribution(episode.latent[:-1]).log_prob(episode.sample).sum(-1)
+        old = policy.distribution(x[:-1]).log_prob(episode.sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (episode.sample, old, value[:-1], goal, advantage)]
     size, losses = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
-            latent = encode_trial(agent["encoder"], trial, args).flatten(0, 1)[rows]
+            h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
             u, old, v, g, adv = (x[rows] for x in batch)
-            pi = policy.distribution(latent)
+            x = policy.embed(encoder.latent(h))  # D3
+            pi = policy.distribution(x)
             ratio = (pi.log_prob(u).sum(-1) - old).exp()
             policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-            critic_loss = value_loss(policy.value(latent), v, g, args.clip)
+            critic_loss = value_loss(policy.value(x), v, g, args.clip)
             entropy = pi.entropy().sum(-1).mean()
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-            nn.utils.clip_grad_norm_(agent["encoder"].parameters(), args.encoder_clip)
+            nn.utils.clip_grad_norm_(encoder.parameters(), args.encoder_clip)
             for optimizer in optimizers.values():
                 optimizer.step()
             losses.append(torch.stack([policy_loss, critic_loss, entropy]).detach())

@@ -255,19 +255,19 @@ class Policy(nn.Module):
         latent = self.latent_stats.normalise(latent) if self.latent_stats else latent
         return torch.cat([self.embed_state(self.stats.normalise(obs)), self.embed_latent(latent)], dim=-1)
 
-    def mean(self, obs: Tensor, latent: Tensor) -> Tensor:
-        mean = self.actor(self.embed(obs, latent))
+    def mean(self, x: Tensor) -> Tensor:
+        mean = self.actor(x)
         return mean.tanh() if self.squash_mean else mean
 
-    def value(self, obs: Tensor, latent: Tensor) -> Tensor:
-        return self.critic(self.embed(obs, latent))[..., 0]
+    def value(self, x: Tensor) -> Tensor:
+        return self.critic(x)[..., 0]
 
     def std(self) -> Tensor:
         return self.log_std.exp().clamp(min=1e-6)
 
-    def distribution(self, obs: Tensor, latent: Tensor) -> Normal:
+    def distribution(self, x: Tensor) -> Normal:
         """Before the squashing, whose Jacobian cancels in PPO's ratio."""
-        return Normal(self.mean(obs, latent), self.std(), validate_args=False)
+        return Normal(self.mean(x), self.std(), validate_args=False)
 
 
 # Copied from algos/milet.py
@@ -313,7 +313,8 @@ def rollout(
     actions, samples, latents = [], [], [encoder.latent(h)]
     states[0] = obs
     for t in range(horizon):
-        sample = policy.mean(torch.from_numpy(states[t]).to(args.device), latents[t]) + noise[t]
+        x = policy.embed(torch.from_numpy(states[t]).to(args.device), latents[t])
+        sample = policy.mean(x) + noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
         states[t + 1, :, -1] = t + 1 == horizon  # the done flag
@@ -505,23 +506,24 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
     """PPO on trials, joined, with the given rewards [H+, env] -> mean policy loss, value loss, entropy [3]."""
     obs, sample, latent, reward = (x.to(args.device) for x in (trial.obs, trial.sample, trial.latent, reward))
     with torch.no_grad():
-        value = policy.value(obs, latent)  # of the statistics that acted
+        value = policy.value(policy.embed(obs, latent))  # of the statistics that acted
         advantage = advantages(reward, value, args)
         goal = advantage + value[:-1]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         policy.stats.update(obs[:-1])
         if policy.latent_stats:
             policy.latent_stats.update(latent[:-1])
-        old = policy.distribution(obs[:-1], latent[:-1]).log_prob(sample).sum(-1)
+        old = policy.distribution(policy.embed(obs[:-1], latent[:-1])).log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], latent[:-1], sample, old, value[:-1], goal, advantage)]
     size, losses = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             s, z, u, old, v, g, adv = (x[rows] for x in batch)
-            pi = policy.distribution(s, z)
+            x = policy.embed(s, z)
+            pi = policy.distribution(x)
             ratio = (pi.log_prob(u).sum(-1) - old).exp()
             policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-            critic_loss = value_loss(policy.value(s, z), v, g, args.clip)
+            critic_loss = value_loss(policy.value(x), v, g, args.clip)
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()

@@ -331,13 +331,13 @@ def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     policy = milet.Policy(6, 2, args)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
     obs, latent, none = torch.randn(51, 16, 6), torch.randn(51, 16, 6), torch.empty(0)
-    first = policy.mean(obs, latent).mean().item()
+    first = policy.mean(policy.embed(obs, latent)).mean().item()
     for _ in range(20):
         with torch.no_grad():
-            sample = policy.distribution(obs[:-1], latent[:-1]).sample()
+            sample = policy.distribution(policy.embed(obs[:-1], latent[:-1])).sample()
         episode = milet.Episode(obs, sample, sample, none, none, latent)
         milet.ppo_update(policy, optimizer, episode, sample.sum(-1), 0.0, args)
-    assert policy.mean(obs, latent).mean().item() > first + 0.2
+    assert policy.mean(policy.embed(obs, latent)).mean().item() > first + 0.2
     torch.testing.assert_close(policy.stats.mean.float(), obs[:-1].mean((0, 1)), atol=1e-4, rtol=0)
 
 
@@ -347,7 +347,7 @@ def test_ppo_bootstraps_from_the_state_at_the_time_limit(monkeypatch):
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
     obs, latent, sample = torch.randn(11, 4, 6), torch.randn(11, 4, 6), torch.randn(10, 4, 2)
     with torch.no_grad():
-        expected = policy.value(obs, latent)
+        expected = policy.value(policy.embed(obs, latent))
     gae = milet.gae
     monkeypatch.setattr(milet, "gae", lambda reward, value, *rest: (seen.append(value), gae(reward, value, *rest))[1])
     episode = milet.Episode(obs, sample, sample, obs, obs, latent)

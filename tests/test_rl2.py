@@ -25,12 +25,17 @@ def play(args, env_id="hopper-params-4c", n=3):
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+def seen(agent, trial, args):
+    """What π sees at every step of the trials, encoded as in the update."""
+    return agent["encoder"].latent(rl2.encode_trial(agent["encoder"], trial, args))
+
+
 @pytest.mark.parametrize("encode_first", [False, True])
 def test_what_acted_is_what_the_update_encodes(encode_first):
     """Step by step in the rollout, in one pass over both episodes in the update."""
     args = small_args(encode_first=encode_first)
     agent, (first, second) = play(args)
-    latent = rl2.encode_trial(agent["encoder"], (first, second), args)
+    latent = seen(agent, (first, second), args)
     assert latent.shape == (200, 3, 12)
     torch.testing.assert_close(latent, torch.cat([first.latent[:-1], second.latent[:-1]]), atol=1e-5, rtol=1e-4)
 
@@ -54,7 +59,7 @@ def test_an_action_of_episode_2_depends_on_episode_1_and_none_on_the_future():
     agent, trial = play(args)
     first, second = trial
     action = first.action.requires_grad_()
-    latent = rl2.encode_trial(agent["encoder"], (first._replace(action=action), second), args)
+    latent = seen(agent, (first._replace(action=action), second), args)
     (gradient,) = torch.autograd.grad(latent[105].sum(), action, retain_graph=True)
     assert (gradient.abs().sum((1, 2))[60:] > 0).all()
     (none,) = torch.autograd.grad(latent[50].sum(), action)
@@ -65,14 +70,14 @@ def test_the_memory_gets_squashed_actions():
     args = small_args(squash="sample")
     agent, trial = play(args)
     torch.testing.assert_close(trial[0].action, trial[0].sample.tanh())
-    latent = rl2.encode_trial(agent["encoder"], trial, args)
+    latent = seen(agent, trial, args)
     torch.testing.assert_close(latent[:100], trial[0].latent[:-1], atol=1e-5, rtol=1e-4)
 
 
 def test_the_empty_memory_trains_its_layer():
     args = small_args()
     agent, trial = play(args)
-    latent = rl2.encode_trial(agent["encoder"], trial, args)
+    latent = seen(agent, trial, args)
     assert torch.autograd.grad(latent[0].sum(), agent["encoder"].head.bias)[0].sum() > 0, "D3"
 
 
@@ -100,14 +105,14 @@ def test_the_loss_trains_the_memory():
 
 def test_the_first_step_has_ratios_of_one_and_the_second_has_not(monkeypatch):
     """The same latents as those that acted; then new ones, encoded with the new θ."""
-    args, seen = small_args(ppo_epochs=2, clip=1e9, squash="sample"), []
+    args, memory = small_args(ppo_epochs=2, clip=1e9, squash="sample"), []
     agent, trial = play(args)
-    encode = rl2.encode_trial
-    monkeypatch.setattr(rl2, "encode_trial", lambda *a: seen.append(encode(*a)) or seen[-1])
+    encode, before = rl2.encode_trial, seen(agent, trial, args).detach()
+    monkeypatch.setattr(rl2, "encode_trial", lambda *a: memory.append(encode(*a)) or memory[-1])
     rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
     acted = torch.cat([episode.latent[:-1] for episode in trial])
-    torch.testing.assert_close(seen[0].detach(), acted, atol=1e-5, rtol=1e-4)
-    assert len(seen) == 2 and not torch.allclose(seen[1].detach(), acted, atol=1e-4)
+    torch.testing.assert_close(before, acted, atol=1e-5, rtol=1e-4)
+    assert len(memory) == 2 and not torch.allclose(memory[0], memory[1], atol=1e-4)
     once = small_args(ppo_epochs=1, clip=1e9, squash="sample")
     agent, trial = play(once)
     losses = rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), once)
@@ -138,17 +143,18 @@ def test_rates_and_scale_of_the_rewards(monkeypatch, tmp_path, anneal):
 def test_ppo_prefers_the_better_action():
     args = small_args(gamma=0.0, policy_embed=0)
     agent, trial = play(args)
-    adam, first = optimizers(agent, 3e-3), agent["policy"].mean(trial[0].latent[:-1]).mean().item()
+    policy, adam = agent["policy"], optimizers(agent, 3e-3)
+    first = policy.mean(trial[0].latent[:-1]).mean().item()
     for _ in range(15):
         with torch.no_grad():
             latent = torch.cat([episode.latent[:-1] for episode in trial])
-            sample = agent["policy"].distribution(latent).sample().split(100)
+            sample = policy.distribution(latent).sample().split(100)
             acted = [rl2.Episode(e.obs, e.action, s, e.reward, e.latent) for e, s in zip(trial, sample)]
         rl2.ppo_update(agent, adam, tuple(acted), torch.cat(sample).sum(-1), args)
-        new = rl2.encode_trial(agent["encoder"], trial, args).detach()
+        new = seen(agent, trial, args).detach()
         ends = [e.latent[-1:] for e in trial]
         trial = tuple(e._replace(latent=torch.cat([n, end])) for e, n, end in zip(trial, new.split(100), ends))
-    assert agent["policy"].mean(trial[0].latent[:-1]).mean().item() > first + 0.2
+    assert policy.mean(trial[0].latent[:-1]).mean().item() > first + 0.2
 
 
 def test_clipped_norms(monkeypatch):

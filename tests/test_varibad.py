@@ -135,8 +135,9 @@ def test_squashing(squash):
     """Of the mean, or of the sample; the environment and the encoder get what it gives."""
     agent, first, _ = play(small_args(squash=squash))
     torch.testing.assert_close(first.action, first.sample.tanh() if squash == "sample" else first.sample)
-    agent["policy"].actor[-1].bias.data += 5
-    assert (agent["policy"].mean(torch.randn(4, 12), torch.randn(4, 6)).abs() <= 1).all() == (squash == "mean")
+    policy = agent["policy"]
+    policy.actor[-1].bias.data += 5
+    assert (policy.mean(policy.embed(torch.randn(4, 12), torch.randn(4, 6))).abs() <= 1).all() == (squash == "mean")
     with torch.no_grad():
         h = agent["encoder"](first.action, first.reward, first.obs[1:], torch.zeros(3, 8))
     torch.testing.assert_close(agent["encoder"].latent(h), first.latent[1:], atol=1e-5, rtol=1e-4)
@@ -178,7 +179,7 @@ def test_ppo_learns_from_the_advantages_of_the_trial(monkeypatch):
     policy.latent_stats.update(3 + torch.randn(100, 6))
     trial = make_trial()
     with torch.no_grad():
-        expected = policy.value(trial.obs, trial.latent)
+        expected = policy.value(policy.embed(trial.obs, trial.latent))
     monkeypatch.setattr(varibad, "advantages", lambda r, v, a: seen.append(v) or advantages(r, v, a))
     losses = varibad.ppo_update(policy, torch.optim.Adam(policy.parameters(), 1e-3), trial, torch.randn(10, 4), args)
     torch.testing.assert_close(seen[0], expected)
@@ -188,12 +189,13 @@ def test_ppo_learns_from_the_advantages_of_the_trial(monkeypatch):
 def test_ppo_prefers_the_better_action():
     args = small_args(gamma=0.0)
     policy, trial = varibad.Policy(6, 2, args), make_trial(50, 16)
-    optimizer, first = torch.optim.Adam(policy.parameters(), 1e-3), policy.mean(trial.obs, trial.latent).mean().item()
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+    first = policy.mean(policy.embed(trial.obs, trial.latent)).mean().item()
     for _ in range(40):
         with torch.no_grad():
-            sample = policy.distribution(trial.obs[:-1], trial.latent[:-1]).sample()
+            sample = policy.distribution(policy.embed(trial.obs[:-1], trial.latent[:-1])).sample()
         varibad.ppo_update(policy, optimizer, trial._replace(sample=sample), sample.sum(-1), args)
-    assert policy.mean(trial.obs, trial.latent).mean().item() > first + 0.2
+    assert policy.mean(policy.embed(trial.obs, trial.latent)).mean().item() > first + 0.2
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -223,7 +225,7 @@ def test_normalised_beliefs():
     shifted = varibad.Policy(6, 2, small_args(normalise_latent=True))
     shifted.load_state_dict(policy.state_dict())
     shifted.latent_stats.mean += 1
-    torch.testing.assert_close(policy.mean(obs, latent), shifted.mean(obs, latent + 1))
+    torch.testing.assert_close(policy.embed(obs, latent), shifted.embed(obs, latent + 1))
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
