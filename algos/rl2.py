@@ -159,6 +159,39 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+class Recurrence(torch.autograd.Function):
+    """nn.GRU over [time, batch, ·], with a backward pass that takes half the time of PyTorch's on a CPU.
+
+    Step by step goes only what the gradient of h has to; all else is computed for all steps at once.
+
+    r, z = σ(x_r + h_r), σ(x_z + h_z);  c = tanh(x_c + r h_c);  h' = (1 - z) c + z h;  x_·, h_· are linear in x and h.
+    """
+
+    @staticmethod
+    def forward(ctx, gru: nn.GRU, x: Tensor, h: Tensor, *weights: Tensor) -> Tensor:
+        after = gru(x, h[None])[0]
+        ctx.save_for_backward(x, torch.cat([h[None], after[:-1]]), *weights)
+        return after
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, h, w_x, w_h, b_x, b_h = ctx.saved_tensors
+        x_r, x_z, x_c = F.linear(x, w_x, b_x).chunk(3, dim=-1)
+        h_r, h_z, h_c = F.linear(h, w_h, b_h).chunk(3, dim=-1)
+        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+        c = (x_c + r * h_c).tanh()
+        dc = (1 - z) * (1 - c**2)  # ∂h'/∂x_c
+        dh = torch.stack([dc * h_c * r * (1 - r), (h - c) * z * (1 - z), dc * r], dim=2)  # ∂h'/∂h_r, ∂h_z, ∂h_c
+        total, from_later = grad.clone(), torch.zeros_like(h[0])
+        for total_t, dh_t, z_t in reversed(list(zip(total, dh, z))):
+            total_t += from_later
+            dh_t *= total_t[:, None]
+            from_later = torch.addmm(total_t * z_t, dh_t.flatten(1), w_h)
+        dx = torch.cat([dh[:, :, :2].flatten(2), dc * total], dim=2)
+        dx, dh, x, h = (v.flatten(0, 1) for v in (dx, dh.flatten(2), x, h))
+        return None, (dx @ w_x).unflatten(0, grad.shape[:2]), from_later, dx.T @ x, dh.T @ h, dx.sum(0), dh.sum(0)
+
+
 class Encoder(nn.Module):
     """The memory: a GRU, and a layer on it that π sees."""
 
@@ -175,7 +208,10 @@ class Encoder(nn.Module):
     def forward(self, action: Tensor, reward: Tensor, next_obs: Tensor, h: Tensor) -> Tensor:
         """Encode [time, batch, ·] from the hidden state [batch, hidden] -> h [time, batch, hidden]."""
         parts = self.embed_state(next_obs), self.embed_action(action), self.embed_reward(reward[..., None])
-        return self.gru(torch.cat(parts, dim=-1).relu(), h[None])[0]
+        x = torch.cat(parts, dim=-1).relu()
+        if torch.is_grad_enabled():
+            return Recurrence.apply(self.gru, x, h, *self.gru.parameters())
+        return self.gru(x, h[None])[0]
 
     def latent(self, h: Tensor) -> Tensor:
         """What π sees of h, [..., latent_dim]."""

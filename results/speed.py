@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -42,6 +43,9 @@ def full(self, *args):
     self.added = self.capacity
 milet.TrialBuffer.__init__ = full
 """
+
+# Copies of VariBAD's own environments, with H = 200 and the frames that an update has in the official code.
+OFFICIAL = {"varibad": {"cheetah-dir": 32, "ant-goal-4c": 8}, "rl2": {"cheetah-dir": 8, "ant-goal-4c": 8}}
 
 
 def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -122,22 +126,27 @@ def main() -> None:
         table.append(row)
         print(row, flush=True)
 
+    @cache
     def add_limit(env_id: str, copies: int) -> float:
         rate = physics_limit(env_id, copies)
         add({"what": f"physics limit {env_id}", "copies": copies, "frames_per_s": round(rate)})
         return rate
 
-    limits = {}
     for env_id, env_class in envs.ENVIRONMENTS.items():
         if issubclass(env_class, envs.MujocoVectorEnv):
-            limits |= {(env_id, copies): add_limit(env_id, copies) for copies in (16, 320)}
+            for copies in (16, 320):
+                add_limit(env_id, copies)
     for name, flags in {"exact update": [], "--decodes 50": ["--decodes", "50"]}.items():
         flags = ["--env", "ant-goal-4c", "--frames", str(40 * 3200), *flags]
         median = measure("milet", 10, flags, FULL_BUFFER)
-        add(share(f"milet.py ant-goal-4c, {name}", 16, limits["ant-goal-4c", 16], median))
+        add(share(f"milet.py ant-goal-4c, {name}", 16, add_limit("ant-goal-4c", 16), median))
     for script in ("varibad", "rl2"):
         median = measure(script, 10, ["--env", "ant-goal-4c", "--frames", str(40 * 3200)])
-        add(share(f"{script}.py ant-goal-4c", 16, limits["ant-goal-4c", 16], median))
+        add(share(f"{script}.py ant-goal-4c", 16, add_limit("ant-goal-4c", 16), median))
+        for env_id, copies in OFFICIAL[script].items():
+            flags = ["--env", env_id, "--horizon", "200", "--num-envs", str(copies), "--frames", str(25 * 400 * copies)]
+            limit, median = add_limit(env_id, copies), measure(script, 5, flags)
+            add(share(f"{script}.py {env_id}, H = 200", copies, limit, median))
     limit, sampling = maml_sampling()
     add({"what": "physics limit cheetah-dir, untrained policy", "copies": 800, "frames_per_s": round(limit)})
     median = measure("maml", 4, ["--env", "cheetah-dir", "--iterations", "14"])

@@ -40,6 +40,18 @@ def test_what_acted_is_what_the_update_encodes(encode_first):
     torch.testing.assert_close(latent, torch.cat([first.latent[:-1], second.latent[:-1]]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+def test_the_gradients_of_the_memory_are_those_of_nn_gru(steps):
+    gru = torch.nn.GRU(5, 4).double()
+    x, h, weight = (torch.randn(*shape, dtype=torch.double) for shape in ((steps, 3, 5), (3, 4), (steps, 3, 4)))
+    inputs = [x.requires_grad_(), h.requires_grad_(), *gru.parameters()]
+    out, own = gru(x, h[None])[0], rl2.Recurrence.apply(gru, *inputs)
+    torch.testing.assert_close(own, out)
+    grads = (torch.autograd.grad((weight * y.square()).sum(), inputs) for y in (own, out))
+    for mine, theirs in zip(*grads):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_memory_survives_the_episode_and_dies_with_the_trial():
     agent, (first, second) = play(small_args())
     zero = agent["encoder"].latent(torch.zeros(3, 8))
