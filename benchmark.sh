@@ -6,8 +6,8 @@
 #   ./benchmark.sh maml              cheetah-dir (2 seeds) and cheetah-vel, 32 million frames each, and ant-dir, 16 million
 #   ./benchmark.sh maml-mixed        MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each, and their curves
 #   ./benchmark.sh belief-point      RL2 and VariBAD on point-goal-4c, 3 seeds each, and their curves
-#   ./benchmark.sh belief-mujoco     RL2 and VariBAD on hopper-params-4c and walker-params-4c (1 million frames)
-#   ./benchmark.sh promp             ProMP on cheetah-dir, 16 million frames
+#   ./benchmark.sh belief-mujoco     RL2 and VariBAD on hopper-params-4c and walker-params-4c (1 million frames), and their curves
+#   ./benchmark.sh promp             ProMP on cheetah-dir, 2 seeds, 16 million frames each, and their curves
 #   ./benchmark.sh pearl-point       PEARL on point-goal-4c, 3 seeds, and the figures
 #   ./benchmark.sh pearl-mujoco      PEARL on cheetah-dir, 60 iterations
 # SLURM=1 submits each run as a job instead of running them one after the other.
@@ -46,10 +46,16 @@ case "${1:-}" in
     ;;
   belief-mujoco)
     for env in hopper-params-4c walker-params-4c; do
-      for script in rl2 varibad; do run python "algos/$script.py" --env "$env" --frames 1000000; done
+      for script in rl2 varibad; do
+        run python "algos/$script.py" --env "$env" --frames 1000000 --run-dir "runs/belief-$env"
+      done
+      [ "${SLURM:-}" ] || python results/plot.py "runs/belief-$env"/* --out "runs/belief-$env-figures"
     done
     ;;
-  promp) run python algos/promp.py --env cheetah-dir --iterations 100 ;;
+  promp)
+    for seed in 0 1; do run python algos/promp.py --env cheetah-dir --iterations 100 --seed "$seed" --run-dir runs/promp; done
+    [ "${SLURM:-}" ] || python results/plot.py runs/promp/* --out runs/promp-figures
+    ;;
   pearl-point)
     for seed in 0 1 2; do run python algos/pearl.py --env point-goal-4c --seed "$seed" --run-dir runs/pearl-point; done
     [ "${SLURM:-}" ] || python results/plot.py runs/pearl-point/* --out runs/pearl-point-figures

@@ -26,15 +26,15 @@ Deviations from the official code (C)
   D3  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
   D4  C learns from a trial one iteration late, and not at all in the first; here at once.
   D5  C collects 16 processes of several trials, or of half a trial, per update; here every copy plays one trial, and
-      their number is such that an update has C's frames. So no running trial is encoded again, and no trial begins
-      with the last step of another, as in C.
+      their number is such that an update has C's frames. So no running trial is encoded again, and unlike in C no
+      trial begins with the last step of another.
   D6  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
   D7  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D8  C's scale of the rewards is updated every step; here once a trial.
   D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more. So in C.
 
-Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 million frames, 3 minutes on one core of
-             an AMD EPYC, three seeds): episode 1 -55, -55, -57, episode 2 -53, -51, -50; one who knows the goal -19.
+Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 million frames, 4 minutes on one core of
+             an AMD EPYC, three seeds): episode 1 -57, -53, -60, episode 2 -47, -47, -47; one who knows the goal -19.
 """
 
 import argparse

@@ -34,17 +34,17 @@ import {script}
 import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
-# The trial buffer starts full of noise, so that memory and memory traffic are those of a long run.
+# MILET's and VariBAD's trial buffer starts full of noise, so that memory and memory traffic are those of a long run.
 FULL_BUFFER = """
-init = milet.TrialBuffer.__init__
+init = {script}.TrialBuffer.__init__
 def full(self, *args):
     init(self, *args)
     for x in self.data.values(): x.normal_()
     self.added = self.capacity
-milet.TrialBuffer.__init__ = full
+{script}.TrialBuffer.__init__ = full
 """
 
-# Copies of VariBAD's own environments, with H = 200 and the frames that an update has in the official code.
+# Copies for H = 200 and the frames that an update has in the official code of VariBAD and RL2.
 OFFICIAL = {"varibad": {"cheetah-dir": 32, "ant-goal-4c": 8}, "rl2": {"cheetah-dir": 8, "ant-goal-4c": 8}}
 
 
@@ -57,9 +57,9 @@ def untrained(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.clip(rng.normal(0, 0.1, shape), -1, 1)
 
 
-def physics_limit(env_id: str, copies: int, actions=uniform, seconds: float = 5.0) -> float:
-    """Environment steps per second (frame skip included) of bare physics, resets every 100 steps left out."""
-    env = gym.make_vec(env_id, num_envs=copies).unwrapped
+def physics_limit(env_id: str, copies: int, horizon: int = 100, actions=uniform, seconds: float = 5.0) -> float:
+    """Environment steps per second (frame skip included) of bare physics, resets every H steps left out."""
+    env = gym.make_vec(env_id, num_envs=copies, horizon=horizon).unwrapped
     env.reset(seed=0)
     controls = env.control(actions(np.random.default_rng(0), (env.horizon, copies, env.action_dim)))
     spent = steps = 0
@@ -73,9 +73,10 @@ def physics_limit(env_id: str, copies: int, actions=uniform, seconds: float = 5.
     return steps / spent
 
 
-def measure(script: str, warm_up: int, flags: list[str], before: str = "") -> dict[str, float]:
+def measure(script: str, warm_up: int, flags: list[str]) -> dict[str, float]:
     """Medians of the columns of metrics.csv over the iterations after the warm-up, and the peak memory."""
     with tempfile.TemporaryDirectory() as folder:
+        before = FULL_BUFFER.format(script=script) if script in ("milet", "varibad") else ""
         code = CHILD.format(algos=str(ROOT / "algos"), script=script, before=before)
         command = [sys.executable, "-c", code, *flags, "--eval-every", "1000", "--run-dir", folder]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -96,7 +97,7 @@ def maml_sampling(rounds: int = 12) -> tuple[float, float]:
     policy = maml.GaussianPolicy(env.unwrapped.obs_dim, env.unwrapped.action_dim, args)
     theta, seconds = policy.init(rng).expand(args.tasks, -1), []
     for _ in range(rounds):
-        bare = env.num_envs * args.horizon / physics_limit(args.env, env.num_envs, untrained, seconds=0.1)
+        bare = env.num_envs * args.horizon / physics_limit(args.env, env.num_envs, actions=untrained, seconds=0.1)
         begin = time.perf_counter()
         maml.sample(env, tasks, policy, theta, rng, args)
         seconds.append((bare, time.perf_counter() - begin))
@@ -127,9 +128,10 @@ def main() -> None:
         print(row, flush=True)
 
     @cache
-    def add_limit(env_id: str, copies: int) -> float:
-        rate = physics_limit(env_id, copies)
-        add({"what": f"physics limit {env_id}", "copies": copies, "frames_per_s": round(rate)})
+    def add_limit(env_id: str, copies: int, horizon: int = 100) -> float:
+        rate = physics_limit(env_id, copies, horizon)
+        what = f"physics limit {env_id}" + f", H = {horizon}" * (horizon != 100)
+        add({"what": what, "copies": copies, "frames_per_s": round(rate)})
         return rate
 
     for env_id, env_class in envs.ENVIRONMENTS.items():
@@ -138,14 +140,14 @@ def main() -> None:
                 add_limit(env_id, copies)
     for name, flags in {"exact update": [], "--decodes 50": ["--decodes", "50"]}.items():
         flags = ["--env", "ant-goal-4c", "--frames", str(40 * 3200), *flags]
-        median = measure("milet", 10, flags, FULL_BUFFER)
+        median = measure("milet", 10, flags)
         add(share(f"milet.py ant-goal-4c, {name}", 16, add_limit("ant-goal-4c", 16), median))
     for script in ("varibad", "rl2"):
         median = measure(script, 10, ["--env", "ant-goal-4c", "--frames", str(40 * 3200)])
         add(share(f"{script}.py ant-goal-4c", 16, add_limit("ant-goal-4c", 16), median))
         for env_id, copies in OFFICIAL[script].items():
             flags = ["--env", env_id, "--horizon", "200", "--num-envs", str(copies), "--frames", str(25 * 400 * copies)]
-            limit, median = add_limit(env_id, copies), measure(script, 5, flags)
+            limit, median = add_limit(env_id, copies, 200), measure(script, 5, flags)
             add(share(f"{script}.py {env_id}, H = 200", copies, limit, median))
     limit, sampling = maml_sampling()
     add({"what": "physics limit cheetah-dir, untrained policy", "copies": 800, "frames_per_s": round(limit)})
@@ -158,7 +160,7 @@ def main() -> None:
     for env_id, batch in {"cheetah-dir": "4 x 256", "ant-goal-4c": "16 x 256"}.items():
         flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
         flags += ["--horizon", "200", "--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice
-        median, limit = measure("pearl", 1, flags), add_limit(env_id, 25)
+        median, limit = measure("pearl", 1, flags), add_limit(env_id, 25, 200)
         row = share(f"pearl.py {env_id}, batch {batch}", 25, limit, median)
         add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
 
