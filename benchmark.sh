@@ -6,7 +6,7 @@
 #   ./benchmark.sh maml              cheetah-dir (2 seeds) and cheetah-vel, 32 million frames each, and ant-dir, 16 million
 #   ./benchmark.sh maml-mixed        MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each, and their curves
 #   ./benchmark.sh belief-point      RL2 and VariBAD on point-goal-4c, 3 seeds each, and their curves
-#   ./benchmark.sh belief-mujoco     RL2 and VariBAD on hopper-params-4c and walker-params-4c (1 million frames), and their curves
+#   ./benchmark.sh belief-mujoco     RL2 and VariBAD on hopper-params-4c and walker-params-4c (1 million frames), cheetah-dir (5 million)
 #   ./benchmark.sh promp             ProMP on cheetah-dir, 2 seeds, 16 million frames each, and their curves
 #   ./benchmark.sh pearl-point       PEARL on point-goal-4c, 3 seeds, and the figures
 #   ./benchmark.sh pearl-mujoco      PEARL on cheetah-dir, 60 iterations
@@ -45,9 +45,10 @@ case "${1:-}" in
     [ "${SLURM:-}" ] || python results/plot.py runs/belief-point/* --out runs/belief-point-figures
     ;;
   belief-mujoco)
-    for env in hopper-params-4c walker-params-4c; do
+    for task in "hopper-params-4c 1000000" "walker-params-4c 1000000" "cheetah-dir 5000000"; do
+      read -r env frames <<< "$task"
       for script in rl2 varibad; do
-        run python "algos/$script.py" --env "$env" --frames 1000000 --run-dir "runs/belief-$env"
+        run python "algos/$script.py" --env "$env" --frames "$frames" --run-dir "runs/belief-$env"
       done
       [ "${SLURM:-}" ] || python results/plot.py "runs/belief-$env"/* --out "runs/belief-$env-figures"
     done
