@@ -32,9 +32,9 @@ Deviations from the paper (P) or the official codes (C)
   D11 C's Pretrain is TRPO on pooled rollouts, of a goal apparently drawn once; here (--inner-steps 0) the tasks,
       rollouts, baselines and advantages of MAML, without its inner step.
 
-Tested       python algos/maml.py --env cheetah-dir --num-threads 1   (32 million frames, 36 minutes on one core of an
-             AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183 at
-             200; before it -2.
+Tested       python algos/maml.py --env cheetah-dir --num-threads 1   (32 million frames, 31 and 35 minutes on one core
+             of an AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183
+             at 200; before it -2.
 """
 
 import argparse

@@ -26,9 +26,9 @@ Deviations from the paper (P) or the official code (C)
   D7  P adapts η always; here only if asked to, as C, whose runs do so where physical parameters vary.
   D8  P's Multi-ProMP is a run on a single mode; here (--oracle) every learner has its share of the meta-batch.
 
-Tested       python algos/promp.py --env cheetah-dir --iterations 100 --num-threads 1   (16 million frames, 14 minutes
-             on one core of an AMD EPYC, two seeds): return after one gradient step 168 and 174 at meta-iteration 50,
-             235 and 252 at 100; before it -3. MAML's at 100: 170 and 160.
+Tested       python algos/promp.py --env cheetah-dir --iterations 100 --num-threads 1   (16 million frames, 12 and 14
+             minutes on one core of an AMD EPYC, two seeds): return after one gradient step 168 and 174 at
+             meta-iteration 50, 235 and 252 at 100; before it -3 and -2. MAML's at 100: 170 and 160.
 """
 
 import argparse
