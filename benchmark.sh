@@ -46,15 +46,17 @@ case "${1:-}" in
     for script in rl2 varibad; do
       for seed in 0 1 2; do run python "algos/$script.py" --env point-goal-4c --seed "$seed" --run-dir runs/belief-point; done
     done
-    [ "${SLURM:-}" ] || python results/plot.py results/{milet,pearl}/point-* runs/belief-point/* --out runs/belief-point-figures
+    [ "${SLURM:-}" ] || python results/plot.py results/milet/point-* runs/belief-point/* results/pearl/point-* --out runs/belief-point-figures
     ;;
   belief-mujoco)
+    # methods in the order of the figure above, which decides their colours
     for task in "hopper-params-4c 1000000" "walker-params-4c 1000000" "cheetah-dir 5000000"; do
       read -r env frames <<< "$task"
       for script in rl2 varibad; do
         run python "algos/$script.py" --env "$env" --frames "$frames" --run-dir "runs/belief-$env"
       done
-      [ "${SLURM:-}" ] || python results/plot.py results/{milet,pearl}/"$env"__*__0 "runs/belief-$env"/* --out "runs/belief-$env-figures"
+      [ "${SLURM:-}" ] || python results/plot.py results/milet/"$env"__*__0 "runs/belief-$env"/* \
+        results/pearl/"$env"__*__0 --out "runs/belief-$env-figures"
     done
     ;;
   promp)
