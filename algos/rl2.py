@@ -180,8 +180,8 @@ class Recurrence(torch.autograd.Function):
         h_r, h_z, h_c = F.linear(h, w_h, b_h).chunk(3, dim=-1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         c = (x_c + r * h_c).tanh()
-        dc = (1 - z) * (1 - c**2)  # ∂h'/∂x_c
-        dh = torch.stack([dc * h_c * r * (1 - r), (h - c) * z * (1 - z), dc * r], dim=2)  # ∂h'/∂h_r, ∂h_z, ∂h_c
+        dc = (1 - z) * (1 - c**2)  # ∂h'/∂x_c; below, ∂h'/∂h_r, ∂h'/∂h_z, ∂h'/∂h_c, which the loop makes the loss's
+        dh = torch.stack([dc * h_c * r * (1 - r), (h - c) * z * (1 - z), dc * r], dim=2)
         total, from_later = grad.clone(), torch.zeros_like(h[0])
         for total_t, dh_t, z_t in reversed(list(zip(total, dh, z))):
             total_t += from_later
