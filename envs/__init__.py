@@ -1,7 +1,5 @@
 """Importing this package registers every environment with Gymnasium."""
 
-from functools import partial
-
 import gymnasium as gym
 
 from envs.ant import AntDir, AntGoal4C, AntGoalPartial4C, AntGoalU
@@ -13,7 +11,7 @@ from envs.point import PointGoal4C
 from envs.rand_params import HopperParams4C, WalkerParams4C
 from envs.walker2d import WalkerDir
 
-__all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "register"]
+__all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "register", "vector_env"]
 
 ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
     "ant-goal-4c": AntGoal4C,  # MILET
@@ -37,7 +35,12 @@ ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
 def register(env_id: str, env_class: type[TaskVectorEnv]) -> None:
     """Make an environment known to `gym.make` (one copy) and `gym.make_vec` (many)."""
     ENVIRONMENTS[env_id] = env_class
-    gym.register(env_id, entry_point=partial(SingleEnv, env_class), vector_entry_point=env_class)
+    gym.register(env_id, "envs:SingleEnv", vector_entry_point="envs:vector_env", kwargs={"env_id": env_id})
+
+
+def vector_env(env_id: str, **kwargs) -> TaskVectorEnv:
+    """What Gymnasium calls: a name in a string, so that specs can be written as JSON."""
+    return ENVIRONMENTS[env_id](**kwargs)
 
 
 for _id, _class in list(ENVIRONMENTS.items()):

@@ -8,22 +8,28 @@ from envs.runner import DirectionRunner
 
 
 class Ant(MujocoVectorEnv):
-    """What all ants share: the robot, its start, live contact forces."""
+    """What all ants share: the robot, its start, its state. `contact_forces = False` leaves 29 of the observations."""
 
     xml, frame_skip, dt, contact_forces = "ant.xml", 5, 0.05, True
-    action_dim = 8
+    obs_dim, action_dim = 113, 8
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.cfrc_ext = self.batch.bind("cfrc_ext")
+        self.cfrc_ext = self.batch.bind("cfrc_ext") if self.contact_forces else np.zeros((self.num_envs, 0))
 
     def start_state(self, rng):
         noise = rng.uniform(-0.1, 0.1, self.model.nq)
         return self.model.qpos0 + noise, 0.1 * rng.standard_normal(self.model.nv)
 
     def contact_forces_clipped(self) -> np.ndarray:
-        """[num_envs, 84], of all 14 bodies."""
+        """[num_envs, 84], of all 14 bodies; [num_envs, 0] of an ant without."""
         return np.clip(self.cfrc_ext, -1, 1).reshape(self.num_envs, -1)
+
+    def contact_cost(self) -> np.ndarray:
+        return 0.0005 * np.square(self.contact_forces_clipped()).sum(1)
+
+    def observation(self):
+        return np.concatenate([self.qpos, self.qvel, self.contact_forces_clipped()], axis=1)
 
 
 class AntGoal4C(Ant):
@@ -34,7 +40,7 @@ class AntGoal4C(Ant):
     Episode: 100 steps of 0.05 s, no termination.
     """
 
-    obs_dim, task_dim, num_clusters = 113, 2, 4
+    task_dim, num_clusters = 2, 4
 
     def draw(self, cluster, rng):
         return 2 * circle(rng.normal(CENTRES[cluster], 0.2))
@@ -42,12 +48,8 @@ class AntGoal4C(Ant):
     def nearest_cluster(self, params):
         return nearest_centre(params)
 
-    def observation(self):
-        return np.concatenate([self.qpos, self.qvel, self.contact_forces_clipped()], axis=1)
-
     def reward(self, action):
-        contact_cost = 0.0005 * np.square(self.contact_forces_clipped()).sum(1)
-        return self.goal_reward() - 0.01 * np.square(action).sum(1) - contact_cost
+        return self.goal_reward() - 0.01 * np.square(action).sum(1) - self.contact_cost()
 
     def goal_reward(self) -> np.ndarray:
         return -np.abs(self.qpos[:, :2] - self.tasks.params).sum(1)
@@ -83,11 +85,10 @@ class AntDir(Ant, DirectionRunner):
     obs_dim = 111
 
     def observation(self):
-        return np.concatenate([self.qpos[:, 2:], self.qvel, self.contact_forces_clipped()], axis=1)
+        return super().observation()[:, 2:]
 
     def reward(self, action):
-        contact_cost = 0.0005 * np.square(self.contact_forces_clipped()).sum(1)
-        return self.directed_velocity() + 1 - 0.5 * np.square(action).sum(1) - contact_cost
+        return self.directed_velocity() + 1 - 0.5 * np.square(action).sum(1) - self.contact_cost()
 
     def terminated(self):
         return (self.qpos[:, 2] < 0) | (self.qpos[:, 2] > 1)

@@ -5,7 +5,8 @@ A definition fills in four short methods on arrays (observation, reward, state r
 here is bookkeeping that no definition should have to repeat.
 
 Conventions: rows are copies; observations are float32, physics and rewards float64; autoreset is disabled, so a copy
-that has terminated or run out of time is frozen (no physics, reward 0, same observation) until `reset` names it.
+that has terminated, diverged or run out of time is frozen (no physics, reward 0, same observation) until `reset`
+names it. `ids`, wherever it is an argument, is an index of rows.
 """
 
 import os
@@ -49,6 +50,13 @@ class Tasks:
         return Tasks(np.concatenate([p.params for p in parts]), np.concatenate([p.cluster for p in parts]))
 
 
+class LegacyRandom(np.random.RandomState):
+    """NumPy's legacy generator; what only today's generators have (`integers`, ...) comes from the same stream."""
+
+    def __getattr__(self, name):
+        return getattr(np.random.Generator(self._bit_generator), name)
+
+
 class TaskVectorEnv(gym.vector.VectorEnv):
     """Copies of one environment, each with its own task, its own clock and its own random stream.
 
@@ -57,15 +65,18 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
         draw(cluster, rng) -> params          one task of each given cluster, [n] -> [n, task_dim]
         nearest_cluster(params) -> cluster    the best guess of one who sees the parameters: the ceiling of NMI
-        reset_state(ids)                      put the copies `ids` at the start of an episode
-        advance(ids, action)                  one control step of the copies `ids`
+        reset_state(ids)                      put the copies `ids` at the start of an episode; ids is an integer array
+        advance(ids, action)                  one control step of the copies `ids`; ids is slice(None) while all are
+                                              alive, else an integer array, and indexes self.x[ids] and action[ids]
         observation() -> [num_envs, obs_dim]
         reward(action) -> [num_envs]          of the step just taken
         terminated() -> [num_envs] bool       default: never
         apply_tasks(ids)                      default: nothing; write task parameters into the simulations
         cluster_cycle(split)                  default: every cluster once; the clusters that tasks take in turn
-        diverged() -> [num_envs] bool         default: never; broken simulations: their episode ends, with reward 0
+        diverged() -> [num_envs] bool         default: never; broken simulations: their episode is cut off, unpaid
     """
+
+    metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
 
     obs_dim: int
     action_dim: int
@@ -83,11 +94,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.horizon = self.horizon if horizon is None else horizon
         if self.horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
-        self.metadata = {
-            "render_modes": ["rgb_array"],
-            "render_fps": round(1 / self.dt),
-            "autoreset_mode": AutoresetMode.DISABLED,
-        }
+        self.metadata = self.metadata | {"render_fps": round(1 / self.dt)}
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.render_mode = num_envs, render_mode
@@ -99,6 +106,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.rngs: list[np.random.Generator] = []
         self.elapsed = np.full(num_envs, self.horizon)  # [env] steps taken in this episode
         self.fell = np.zeros(num_envs, bool)  # [env] ended by termination
+        self.broke = np.zeros(num_envs, bool)  # [env] cut off, because the simulation diverged
         self.done = np.ones(num_envs, bool)  # [env] frozen until reset
 
     # -- task distribution ------------------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"task_set takes 'train' or 'test', got {split!r}")
         sizes = {"train": 500, "test": self.num_test_tasks}
         cluster = np.concatenate([np.resize(self.cluster_cycle(s), n) for s, n in sizes.items()])
-        tasks = Tasks(self.draw(cluster, np.random.RandomState(123)), cluster)
+        tasks = Tasks(self.draw(cluster, LegacyRandom(123)), cluster)
         return tasks[:500] if split == "train" else tasks[500:]
 
     def used_actions(self) -> np.ndarray:
@@ -129,19 +137,22 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     # -- Gymnasium --------------------------------------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Start a new episode in every copy, or in those of options["mask"].
+        """Start a new episode in every copy, or in those of options["reset_mask"].
 
         seed: copy i draws from a stream seeded with seed + i, so row i equals the single form with that seed.
+        options["reset_mask"]: boolean array [num_envs], at least one of them true.
         options["tasks"]: Tasks of length num_envs (with a mask, only the masked rows are read). Without it a copy
             keeps its task; a given seed, or the first reset, draws a new one.
         Returns observations [num_envs, obs_dim] float32 of all copies, and {}.
         """
         options = options or {}
-        if unknown := set(options) - {"mask", "tasks"}:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known are 'mask' and 'tasks'")
-        mask = np.asarray(options.get("mask", np.ones(self.num_envs, bool)))
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(f"options['mask'] must be a boolean array of shape ({self.num_envs},)")
+        if unknown := set(options) - {"reset_mask", "tasks"}:
+            raise ValueError(f"unknown reset options {sorted(unknown)}; known are 'reset_mask' and 'tasks'")
+        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool:
+            raise TypeError(f"options['reset_mask'] must be a boolean array, got {mask!r}")
+        if mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(f"options['reset_mask'] must have shape ({self.num_envs},) and name a copy, got {mask}")
         ids = np.flatnonzero(mask)
 
         super().reset(seed=seed)
@@ -167,7 +178,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         )
         self.apply_tasks(ids)
         self.reset_state(ids)
-        self.elapsed[mask], self.fell[mask], self.done[mask] = 0, False, False
+        self.elapsed[mask] = 0
+        self.fell[mask] = self.broke[mask] = self.done[mask] = False
         return self.observation().astype(np.float32), {}
 
     def step(self, action):
@@ -175,7 +187,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
         action: [num_envs, action_dim]. Values outside the box reach the simulator, which clamps the control; the
             control cost is charged on what was given.
-        Returns observation [num_envs, obs_dim] float32, reward [num_envs] float64, terminated, truncated, {}.
+        Returns observation [num_envs, obs_dim] float32, reward [num_envs] float64, terminated, truncated and
+            {"diverged": [num_envs] bool}. A simulation that diverges is truncated, unpaid; it shows a state that no
+            physics led to, so the transition is not to be learned from. All three stay true until a reset.
         """
         action = np.asarray(action, np.float64)
         if action.shape != (self.num_envs, self.action_dim):
@@ -185,13 +199,34 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if not self.rngs:
             raise gym.error.ResetNeeded("call reset before step")
         alive = ~self.done
-        self.advance(None if alive.all() else np.flatnonzero(alive), action)
+        self.advance(slice(None) if alive.all() else np.flatnonzero(alive), action)
         self.elapsed[alive] += 1
-        reward = np.where(alive & ~self.diverged(), self.reward(action), 0.0)
-        self.fell |= alive & (self.terminated() | self.diverged())
-        truncated = (self.elapsed >= self.horizon) & ~self.fell
+        self.broke |= alive & self.diverged()
+        self.fell |= alive & self.terminated() & ~self.broke
+        reward = np.where(alive & ~self.broke, self.reward(action), 0.0)
+        truncated = (self.broke | (self.elapsed >= self.horizon)) & ~self.fell
         self.done = self.fell | truncated
-        return self.observation().astype(np.float32), reward, self.fell.copy(), truncated, {}
+        info = {"diverged": self.broke.copy()}
+        return self.observation().astype(np.float32), reward, self.fell.copy(), truncated, info
+
+    def close_extras(self, **kwargs) -> None:
+        """Nothing to close; Gymnasium's arguments (`terminate`, `timeout`) are for worker processes."""
+
+    # -- copies (copy.deepcopy, pickle): built anew, then put where the original is ---------------------------------
+
+    def __new__(cls, *args, **kwargs):
+        env = super().__new__(cls)
+        env.arguments = args, kwargs
+        return env
+
+    def __getstate__(self):
+        return {name: x for name, x in vars(self).items() if not type(x).__module__.startswith("mujoco")}
+
+    def __setstate__(self, state):
+        args, kwargs = state["arguments"]
+        self.__init__(*args, **kwargs)
+        for name, saved in state.items():
+            setattr(self, name, put_back(getattr(self, name, None), saved))
 
     # -- what a definition may override -----------------------------------------------------------------------------
 
@@ -213,13 +248,16 @@ class MujocoVectorEnv(TaskVectorEnv):
     """A `TaskVectorEnv` whose copies are simulations of one MuJoCo model, stepped by C++ threads.
 
     A definition sets `xml` (one of Gymnasium's assets), `frame_skip` and, to override the file's, `timestep`.
-    `contact_forces = True` keeps `cfrc_ext` alive: a force sensor makes MuJoCo compute it, and each step ends with
-    the forward pass at the new state (mjSTAGE_ACC), so every derived field is current.
+    `stage` is how much of the forward pass each step ends with at its new state. Without it qpos and qvel are current,
+    and all that MuJoCo derives from them is a substep late; mjSTAGE_POS makes positions of bodies and sites current,
+    mjSTAGE_ACC everything. `contact_forces = True` keeps `cfrc_ext` alive: a force sensor makes MuJoCo compute it, and
+    the stage is mjSTAGE_ACC.
     """
 
     xml: str
     frame_skip: int
     timestep: float | None = None
+    stage: mujoco.mjtStage = mujoco.mjtStage.mjSTAGE_NONE
     contact_forces: bool = False
 
     def __init__(
@@ -230,7 +268,8 @@ class MujocoVectorEnv(TaskVectorEnv):
         if not np.isclose(self.model.opt.timestep * self.frame_skip, self.dt):
             raise ValueError(f"dt is {self.dt}, but the model steps {self.model.opt.timestep * self.frame_skip}")
         self.batch = Batch(self.model, num_envs, num_threads)
-        self.stage = int(mujoco.mjtStage.mjSTAGE_ACC if self.contact_forces else mujoco.mjtStage.mjSTAGE_NONE)
+        self.stage = int(mujoco.mjtStage.mjSTAGE_ACC if self.contact_forces else self.stage)
+        self.physics, self.warnings = self.batch.state, self.batch.warning  # live: copies and pickles need them
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self.renderer = None
 
@@ -253,20 +292,25 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def reset_state(self, ids: np.ndarray) -> None:
         self.batch.reset(ids, stage=int(mujoco.mjtStage.mjSTAGE_NONE))
-        self.batch.warning[ids] = 0
+        self.warnings[ids] = 0
         for i in ids:
             self.qpos[i], self.qvel[i] = self.start_state(self.rngs[i])
         self.batch.forward(ids)
 
-    def advance(self, ids: np.ndarray | None, action: np.ndarray) -> None:
-        self.ctrl[:] = self.control(action)
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.batch.forward()  # the derived fields
+        self.physics[:] = state["physics"]
+
+    def advance(self, ids: slice | np.ndarray, action: np.ndarray) -> None:
+        self.ctrl[ids] = self.control(action)[ids]
         before = self.diverged()
-        self.batch.step(ids, nstep=self.frame_skip, stage=self.stage)
+        self.batch.step(None if isinstance(ids, slice) else ids, nstep=self.frame_skip, stage=self.stage)
         if (copies := np.flatnonzero(self.diverged() & ~before)).size:
             gym.logger.warn(f"{type(self).__name__}: copies {copies} diverged, MuJoCo reset them")
 
     def diverged(self):
-        return self.batch.warning[:, DIVERGED, 1].any(1)
+        return self.warnings[:, DIVERGED, 1].any(1)
 
     def control(self, action: np.ndarray) -> np.ndarray:
         """Actuator controls [num_envs, nu] of an action."""
@@ -284,19 +328,37 @@ class MujocoVectorEnv(TaskVectorEnv):
             frames.append(self.renderer.render())
         return tuple(frames)
 
-    def close_extras(self) -> None:
+    def close_extras(self, **kwargs) -> None:
         if self.renderer is not None:
             self.renderer.close()
 
 
-class SingleEnv(gym.Env):
-    """The single-environment form of a `TaskVectorEnv`: its row 0, as `gym.make` returns it."""
+def put_back(fresh, saved):
+    """An attribute of a copied environment: arrays that show the simulator's memory are written, others replaced."""
+    if isinstance(fresh, np.ndarray) and not fresh.flags.owndata:
+        if fresh.flags.writeable:
+            fresh[...] = saved
+        return fresh
+    if isinstance(fresh, list) and len(fresh) == len(saved):
+        return [put_back(*pair) for pair in zip(fresh, saved)]
+    return saved
 
-    def __init__(self, env_class: type[TaskVectorEnv], render_mode: str | None = None, **kwargs):
-        self.vector = env_class(num_envs=1, render_mode=render_mode, **kwargs)
+
+class SingleEnv(gym.Env):
+    """The single-environment form of a registered `TaskVectorEnv`: its row 0, as `gym.make` returns it."""
+
+    metadata = TaskVectorEnv.metadata
+
+    def __init__(self, env_id: str, render_mode: str | None = None, **kwargs):
+        self.vector = gym.make_vec(env_id, render_mode=render_mode, **kwargs).unwrapped
         self.metadata, self.render_mode = self.vector.metadata, render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
+        self.task_set, self.sample_tasks = self.vector.task_set, self.vector.sample_tasks
+
+    @property
+    def tasks(self) -> Tasks:
+        return self.vector.tasks
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
@@ -305,6 +367,7 @@ class SingleEnv(gym.Env):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.vector.step(np.asarray(action)[None])
+        info = {"diverged": bool(info["diverged"][0])}
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self) -> np.ndarray | None:

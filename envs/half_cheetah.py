@@ -56,7 +56,11 @@ class CheetahVel(HalfCheetah):
         return np.concatenate([self.joints(), np.stack([x, np.zeros_like(x), z], axis=1)], axis=1)
 
     def reward(self, action):
-        return -np.abs(self.velocity() - self.tasks.params[:, 0]) - 0.05 * np.square(action).sum(1)
+        error = self.velocity() - self.tasks.params[:, 0]
+        return self.velocity_reward(error) - 0.05 * np.square(action).sum(1)
+
+    def velocity_reward(self, error: np.ndarray) -> np.ndarray:
+        return -np.abs(error)
 
 
 class CheetahVelNoise(CheetahVel):

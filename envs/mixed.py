@@ -22,9 +22,9 @@ class MixedVectorEnv(TaskVectorEnv):
         super().__init__(*args, **kwargs)
         self.parts = [robot(*args, **kwargs) for robot in self.robots]  # each as large as the whole: any mix fits
 
-    def rows(self, ids: np.ndarray | None = None):
-        """Every part, with those of the copies `ids` (None: all) that are its robot."""
-        ids = np.arange(self.num_envs) if ids is None else ids
+    def rows(self, ids: slice | np.ndarray = slice(None)):
+        """Every part, with those of the copies `ids` that are its robot."""
+        ids = np.arange(self.num_envs)[ids]
         robot = self.tasks.params[ids, 0]
         return [(part, ids[robot == r]) for r, part in enumerate(self.parts)]
 
@@ -85,9 +85,9 @@ class MixedVectorEnv(TaskVectorEnv):
         frames = np.stack([part.render() for part in self.parts])  # [part, num_envs, height, width, 3]
         return tuple(frames[self.tasks.params[:, 0].astype(int), np.arange(self.num_envs)])
 
-    def close_extras(self):
+    def close_extras(self, **kwargs):
         for part in self.parts:
-            part.close()
+            part.close(**kwargs)
 
 
 class AntCheetahDir(MixedVectorEnv):

@@ -28,7 +28,6 @@ class PointGoal4C(TaskVectorEnv):
         self.position[ids] = 0
 
     def advance(self, ids, action):
-        ids = slice(None) if ids is None else ids
         self.position[ids] += 0.1 * np.clip(action[ids], -1, 1)
 
     def observation(self):

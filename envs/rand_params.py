@@ -45,7 +45,8 @@ class RandParams4C(Runner):
             field[ids] = part.reshape(len(ids), *field.shape[1:])
 
     def start_state(self, rng):
-        return self.model.qpos0, rng.uniform(-0.005, 0.005, self.model.nv)
+        noise = rng.uniform(-0.005, 0.005, self.model.nq)
+        return self.model.qpos0 + noise, rng.uniform(-0.005, 0.005, self.model.nv)
 
     def observation(self):
         return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=1)

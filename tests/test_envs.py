@@ -1,6 +1,8 @@
 """Environments: against plain MuJoCo and Gymnasium's own, step by step; task distributions; the vector contract."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -8,10 +10,16 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers.vector import NormalizeObservation, RecordEpisodeStatistics
 from sklearn.metrics import normalized_mutual_info_score
 
 import envs
+from envs.ant import Ant, AntGoal4C
+from envs.base import LegacyRandom
+from envs.half_cheetah import CheetahVel
+from envs.point import PointGoal4C
 from envs.rand_params import PARAMETER_SETS
 
 SIZES = {  # id: observation, action, dt
@@ -151,20 +159,38 @@ def test_falling_at_the_last_step_is_termination_and_stays_so():
     assert terminated.all() and not truncated.any()
 
 
-@pytest.mark.parametrize("env_id", ["hopper-params-4c", "cheetah-dir", "ml2"])
-def test_divergence_is_announced_and_ends_the_episode_unpaid(monkeypatch, env_id):
+def blow_up(env, row):
+    """Give one copy a state that MuJoCo refuses at the next step."""
+    (env.parts[env.tasks.cluster[row]] if hasattr(env, "parts") else env).qvel[row] = 1e11
+
+
+@pytest.mark.parametrize("env_id", ["hopper-params-4c", "cheetah-dir", "walker-dir", "ml2"])
+def test_divergence_is_announced_and_cuts_the_episode_off_unpaid(monkeypatch, env_id):
+    """No termination: where rewards are negative, a value of 0 thereafter would be a way out."""
     env, said = make(env_id), []
     monkeypatch.setattr(gym.logger, "warn", said.append)
-    still = np.zeros(env.action_space.shape)
-    env.step(still)
-    (env.parts[env.tasks.cluster[2]] if env_id == "ml2" else env).qvel[2] = 1e11
-    _, reward, terminated, *_ = env.step(still)
-    assert len(said) == 1 and "[2]" in said[0]
-    assert terminated.tolist() == [False, False, True, False] and reward[2] == 0
-    env.step(still)
-    assert len(said) == 1 and env.fell[2]
-    env.reset(options={"mask": np.arange(4) == 2})
-    assert not env.step(still)[2].any() and len(said) == 1
+    still, third = np.zeros(env.action_space.shape), np.arange(4) == 2
+    *_, info = env.step(still)
+    assert info["diverged"].dtype == bool and info["diverged"].tolist() == [False] * 4
+    blow_up(env, 2)
+    for _ in range(2):  # and so it stays
+        _, reward, terminated, truncated, info = env.step(still)
+        assert len(said) == 1 and "[2]" in said[0]
+        assert not terminated.any() and ((reward == 0) == third).all()
+        assert (truncated == third).all() and (info["diverged"] == third).all()
+    env.reset(options={"reset_mask": third})
+    _, _, terminated, truncated, info = env.step(still)
+    assert not (terminated | truncated | info["diverged"]).any() and len(said) == 1
+
+
+def test_divergence_at_the_last_step_and_in_the_single_form(monkeypatch):
+    monkeypatch.setattr(gym.logger, "warn", lambda _: None)
+    env = gym.make("walker-dir", horizon=1)
+    env.reset(seed=0)
+    assert env.step(np.zeros(6, np.float32))[2:] == (False, True, {"diverged": False})
+    env.reset()
+    blow_up(env.unwrapped.vector, 0)
+    assert env.step(np.zeros(6, np.float32))[1:] == (0, False, True, {"diverged": True})
 
 
 def test_reset_mask_touches_only_its_rows():
@@ -173,7 +199,7 @@ def test_reset_mask_touches_only_its_rows():
         before, *_ = env.step(action)
     tasks, new = env.tasks, env.sample_tasks(4, np.random.default_rng(7))
     mask = np.array([True, False, False, True])
-    after, _ = env.reset(options={"mask": mask, "tasks": new})
+    after, _ = env.reset(options={"reset_mask": mask, "tasks": new})
     np.testing.assert_array_equal(after[~mask], before[~mask])
     assert (after[mask] != before[mask]).any(1).all()
     np.testing.assert_array_equal(env.elapsed, [0, 5, 5, 0])
@@ -196,8 +222,13 @@ def test_clear_errors():
         env.step(np.zeros((4, 7)))
     with pytest.raises(FloatingPointError, match="NaN"):
         env.step(np.full((4, 8), np.nan))
-    with pytest.raises(ValueError, match="boolean array of shape"):
-        env.reset(options={"mask": np.ones(3, bool)})
+    with pytest.raises(ValueError, match=r"must have shape \(4,\)"):
+        env.reset(options={"reset_mask": np.ones(3, bool)})
+    with pytest.raises(ValueError, match="name a copy"):
+        env.reset(options={"reset_mask": np.zeros(4, bool)})
+    for mask in ([True] * 4, np.ones(4, int)):
+        with pytest.raises(TypeError, match="boolean array"):
+            env.reset(options={"reset_mask": mask})
     with pytest.raises(ValueError, match=r"params of shape \(4, 2\)"):
         env.reset(options={"tasks": env.task_set("test")})
     with pytest.raises(ValueError, match="unknown reset options"):
@@ -208,6 +239,212 @@ def test_clear_errors():
         gym.make_vec("ant-goal-4d")
     with pytest.raises(gym.error.ResetNeeded):
         gym.make_vec("ant-goal-4c").step(np.zeros((1, 8)))
+
+
+# -- what Gymnasium expects --------------------------------------------------------------------------------------------
+
+
+def test_reset_mask_is_the_one_of_gymnasiums_wrappers():
+    env = RecordEpisodeStatistics(gym.make_vec("point-goal-4c", num_envs=3))
+    env.reset(seed=0)
+    for action in actions(env, 5):
+        obs, *_ = env.step(action)
+    after, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
+    np.testing.assert_array_equal(after[[0, 2]], obs[[0, 2]])
+    assert (after[1] == 0).all() and env.episode_lengths.tolist() == [5, 0, 5]
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_specs_are_strings(env_id):
+    assert EnvSpec.from_json(gym.spec(env_id).to_json()) == gym.spec(env_id)
+    vector, single = gym.make_vec(env_id, num_envs=3, horizon=7), gym.make(env_id, horizon=7)
+    again, one = (EnvSpec.from_json(env.spec.to_json()) for env in (vector, single))
+    again, one = gym.make_vec(again), gym.make(one)
+    assert (again.num_envs, again.unwrapped.horizon, one.unwrapped.vector.horizon) == (3, 7, 7)
+    assert type(again.unwrapped) is type(one.unwrapped.vector) is envs.ENVIRONMENTS[env_id]
+    vector.close(terminate=True)
+    one.close()
+
+
+def test_an_environment_of_ones_own_module(tmp_path, monkeypatch):
+    (tmp_path / "own_envs.py").write_text(
+        "import envs\nfrom envs.point import PointGoal4C\n\n\n"
+        "class Own(PointGoal4C):\n    horizon = 3\n\n\nenvs.register('own-point', Own)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gym.make("own_envs:own-point").unwrapped.vector.horizon == 3
+    vector = gym.make_vec("own_envs:own-point", num_envs=2)
+    assert type(vector.unwrapped).__name__ == "Own" and gym.make_vec("own-point", num_envs=2).num_envs == 2
+    assert gym.make_vec(EnvSpec.from_json(vector.spec.to_json())).num_envs == 2
+    check_env(gym.make("own-point").unwrapped, skip_render_check=True)
+
+
+def test_single_form_shows_the_tasks():
+    env = gym.make("ant-goal-4c").unwrapped
+    env.reset(seed=0)
+    test = env.task_set("test")
+    np.testing.assert_array_equal(test.params, make("ant-goal-4c").task_set("test").params)
+    assert len(env.tasks) == 1 and len(env.sample_tasks(5, np.random.default_rng(0))) == 5
+    env.reset(options={"tasks": test[3]})
+    np.testing.assert_array_equal(env.tasks.params, test.params[[3]])
+
+
+def test_metadata_is_known_before_an_environment_is_made():
+    for env_class in (envs.SingleEnv, *envs.ENVIRONMENTS.values()):
+        assert env_class.metadata["render_modes"] == ["rgb_array"]
+    assert make("walker-dir").metadata["render_fps"] == 125 and "render_fps" not in envs.TaskVectorEnv.metadata
+    env = gym.make("point-goal-4c", render_mode="rgb_array_list")  # Gymnasium builds it from what metadata says
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    assert len(env.render()) == 2
+
+
+def test_normalize_observation_wants_another_autoreset():
+    with pytest.raises(ValueError, match="DISABLED"):
+        NormalizeObservation(gym.make_vec("point-goal-4c"))
+
+
+def through_pickle(env):
+    return pickle.loads(pickle.dumps(env))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("env_id", IDS)
+def test_a_copy_goes_on_with_the_same_numbers(monkeypatch, env_id, duplicate):
+    """In the middle of an episode, with a copy that has diverged and (ant-dir, walker-dir) some that fell."""
+    monkeypatch.setattr(gym.logger, "warn", lambda _: None)
+    env = gym.make_vec(env_id, num_envs=6, horizon=60)
+    env.reset(seed=2)
+    half, rest = np.split(actions(env, 60), [45])
+    for t, action in enumerate(half):
+        env.step(action)
+        if t == 10 and env_id in MUJOCO_IDS:
+            blow_up(env.unwrapped, 4)
+    twin = duplicate(env)
+    assert twin.unwrapped.tasks is not env.unwrapped.tasks
+
+    def goes_on(env):
+        out = [env.unwrapped.observation()]
+        for action in rest:
+            *step, info = env.step(action)
+            out += [*step, info["diverged"]]
+        out.append(env.reset(options={"reset_mask": np.arange(6) % 2 == 0})[0])
+        out += env.step(rest[0])[:2]
+        out.append(env.reset(seed=3)[0])
+        return [*out, *env.step(rest[0])[:2], env.unwrapped.tasks.params]
+
+    for a, b in zip(goes_on(twin), goes_on(env), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_copies_before_the_first_reset_and_of_the_single_form():
+    for env in (gym.make_vec("hopper-params-4c", num_envs=2), gym.make("hopper-params-4c")):
+        twins = copy.deepcopy(env), through_pickle(env)
+        first, *others = (x.reset(seed=1)[0] for x in (env, *twins))
+        assert all((first == other).all() for other in others)
+        first, *others = (x.step(np.ones(x.action_space.shape, np.float32))[0] for x in (env, *twins))
+        assert all((first == other).all() for other in others)
+
+
+# -- the hooks of a definition -----------------------------------------------------------------------------------------
+
+
+def test_ids_of_advance_index_rows():
+    """A slice while all are alive (no copies of arrays), then an integer array: no case to tell apart."""
+    seen = []
+
+    class Spy(PointGoal4C):
+        def advance(self, ids, action):
+            super().advance(ids, action)
+            seen.append(ids)
+
+        def terminated(self):
+            return (np.arange(self.num_envs) == 1) & (self.elapsed == 2)
+
+    env = Spy(num_envs=3)
+    env.reset(seed=0)
+    for _ in range(3):
+        obs, *_ = env.step(np.ones((3, 2)))
+    assert seen[:2] == [slice(None)] * 2 and seen[2].tolist() == [0, 2]
+    np.testing.assert_allclose(obs[:, 0], [0.3, 0.2, 0.3], rtol=1e-6)
+
+
+def test_draw_may_use_todays_generator():
+    class Lattice(PointGoal4C):
+        def draw(self, cluster, rng):
+            whole = rng.integers(0, 5, (len(cluster), 2), endpoint=True)
+            return rng.permuted(whole, axis=1) + rng.normal(0, 0.01, (len(cluster), 2))
+
+    env = Lattice(num_envs=2)
+    env.reset(seed=0)
+    train, test = env.task_set("train").params, env.task_set("test").params
+    np.testing.assert_array_equal(train, Lattice().task_set("train").params)
+    assert len(train) == 500 and len(test) == 32 and set(train.round().ravel()) == set(range(6))
+
+
+def test_task_sets_are_of_the_legacy_stream():
+    ours, theirs = LegacyRandom(123), np.random.RandomState(123)
+    for name, args in {"normal": (0, 1, 5), "uniform": (0, 2, 5), "choice": (2, 7), "standard_normal": (3,)}.items():
+        np.testing.assert_array_equal(getattr(ours, name)(*args), getattr(theirs, name)(*args))
+    first = make("cheetah-vel").task_set("train").params[:3, 0]
+    np.testing.assert_allclose(first, [1.3929383711957233, 0.5722786699007589, 0.4537029071284062], rtol=1e-15)
+
+
+@pytest.mark.parametrize("stage, lag", [(mujoco.mjtStage.mjSTAGE_NONE, True), (mujoco.mjtStage.mjSTAGE_POS, False)])
+def test_stage_without_contact_forces(stage, lag):
+    """Kinematics after the step need mjSTAGE_POS, and no force sensor."""
+    wanted = stage
+
+    class Tracked(CheetahVel):
+        stage = wanted
+
+    env = Tracked(num_envs=2)
+    xpos = env.batch.bind("xpos")
+    assert env.model.nsensor == 0
+    env.reset(seed=0)
+    for action in actions(env, 5):
+        env.step(action)
+        data = env.batch.get_data(1)
+        mujoco.mj_kinematics(env.model, data)
+        assert (np.abs(xpos[1] - data.xpos).max() > 1e-4) == lag
+    assert lag or (xpos[1] == data.xpos).all()
+
+
+def test_an_ant_of_another_frame_skip_without_contacts():
+    class Bare(Ant):
+        frame_skip, dt, contact_forces, obs_dim, horizon = 2, 0.02, False, 29, 250
+        task_dim, num_clusters = 2, 1
+        draw, nearest_cluster = AntGoal4C.draw, AntGoal4C.nearest_cluster
+
+        def reward(self, action):
+            return -self.contact_cost()
+
+    env = Bare(num_envs=3)
+    env.reset(seed=0)
+    assert env.model.nsensor == 0 and (env.stage, env.horizon) == (0, 250)
+    data = env.batch.get_data(1)
+    for action in actions(env, 5):
+        obs, reward, *_ = env.step(action)
+        data.ctrl[:] = action[1]
+        mujoco.mj_step(env.model, data, 2)
+        np.testing.assert_array_equal(obs[1], np.concatenate([data.qpos, data.qvel]).astype(np.float32))
+        assert (reward == 0).all()
+
+
+def test_velocity_reward_of_the_cheetah():
+    class Sparse(CheetahVel):
+        def velocity_reward(self, error):
+            return 1.0 * (np.abs(error) < 1)
+
+    env, dense = Sparse(num_envs=8), make("cheetah-vel", 8)
+    env.reset(seed=0)
+    paid = []
+    for action in actions(env, 20):
+        reward, loss = env.step(action)[1], dense.step(action)[1]
+        cost = 0.05 * np.square(action).sum(1)
+        np.testing.assert_allclose(reward + cost, -(loss + cost) < 1, atol=1e-12)
+        paid.append(reward + cost > 0.5)
+    assert 0 < np.mean(paid) < 1
 
 
 # -- task distributions ------------------------------------------------------------------------------------------------
@@ -319,7 +556,7 @@ def test_mixed_rows_equal_the_robots_alone(env_id):
     assert (np.diff(env.used_actions().astype(int)) <= 0).all(), "the first of the actions"
     assert all(part.used_actions().all() for part in parts)
     mask = np.arange(n) < 3
-    again, _ = env.reset(options={"mask": mask})
+    again, _ = env.reset(options={"reset_mask": mask})
     np.testing.assert_array_equal(again[~mask], obs[~mask])
     assert (again[mask] != obs[mask]).any(1).all()
 
@@ -337,6 +574,18 @@ def test_rand_params_scale_exactly_one_set(env_id, mu, sigma):
     many = env.sample_tasks(4000, np.random.default_rng(0)).params
     draws = many[many != 1]
     assert abs(draws.mean() - mu) < 0.05 and abs(draws.std() - sigma) < 0.1 and draws.min() > 0
+
+
+@pytest.mark.parametrize("env_id", RAND_PARAMS)
+def test_rand_params_start_noise(env_id):
+    """U(-0.005, 0.005) on positions and velocities, positions first."""
+    env = make(env_id, 200)
+    env.reset(seed=5, options={"tasks": env.tasks})
+    noise = np.concatenate([env.qpos - env.model.qpos0, env.qvel], axis=1)
+    for i in (0, 199):
+        expected = np.random.default_rng(5 + i).uniform(-0.005, 0.005, noise.shape[1])
+        np.testing.assert_allclose(noise[i], expected, atol=1e-15)
+    assert (np.abs(noise) <= 0.005).all() and (noise.std(0) > 0.0025).all()
 
 
 @pytest.mark.parametrize("env_id", RAND_PARAMS)
