@@ -1,54 +1,65 @@
 """PEARL: off-policy meta-reinforcement learning with probabilistic context variables (Rakelly et al., ICML 2019).
 
 Official code: github.com/katerakelly/oyster. Deviations are from it; settings are its own, where it has the task.
+Equations and lines of the algorithms are numbered here, not in the paper.
 
-Objective    min over φ, Q:  E_z[ Σ_j (Q_j(s,a,z) - [ρ r + γ V̄(s',z)])² ] + β Σ_i KL(q_φ(z|c_i) ‖ N(0, I))
-             min over V:     (V(s,z) - [min_j Q_j(s,ã,z) - ln π(ã|s,z)])²
-             min over π:     ln π(ã|s,z) - min_j Q_j(s,ã,z)
-             z ~ q_φ(z|c) ∝ Π_n N(z; μ_φ(c_n), σ²_φ(c_n)), a product over the transitions c_n of a context c;
-             ã ~ π(·|s,z). Only the critic and the KL train φ: V and π see a z without gradient.
+Objective    Eq. (1)  q_φ(z|c) ∝ Π_n N(z; μ_φ(c_n), σ²_φ(c_n)), the product over the transitions c_n of a context c
+             Eq. (2)  KL = Σ_i KL(q_φ(z|c_i) ‖ N(0, I)), i the tasks of a batch
+             Eq. (3)  y = ρ r + (1 - d) γ V̄(s',z), d = 1 at a fall
+             Eq. (4)  min over φ, Q:  Σ_j (Q_j(s,a,z) - y)² + β KL, with z ~ q_φ(z|c)
+             Eq. (5)  ã = tanh(u), u = m(s,z) + σ(s,z) ε, ε ~ N(0, I);  ln π(ã|s,z) = Σ ln N(u; m, σ²) - ln(1 - ã²)
+             Eq. (6)  min over V:  (V(s,z) - [min_j Q_j(s,ã,z) - ln π(ã|s,z)])²
+             Eq. (7)  min over π:  ln π(ã|s,z) - min_j Q_j(s,ã,z) + 1e-3 (mean m² + mean ln²σ)
+             Eq. (8)  V̄ <- (1 - τ) V̄ + τ V
+             Only the critic and the KL train φ: V and π see a z without gradient.
 
-Algorithm 1  what every training task has seen -> Buffer
-             collect with z from the prior, and with z from the posterior of the context -> collect
-             gradient steps on φ, Q, V, π -> gradient_step
-Algorithm 2  a test task: z from the prior, act, update the context, z from the posterior -> evaluate
+Algorithm 1  l. 1  before the first iteration, a prior block of every training task -> collect
+             l. 2  visits to tasks drawn with replacement, each of the three blocks below -> collect_iteration
+             l. 3  gradient steps, each on tasks drawn with replacement -> train_iteration
+             l. 4    a context of each gives its z; critic and encoder learn from other transitions of it, then V and
+                     policy, then the slow copy of V -> gradient_step, critic_loss, kl_to_prior, actor_loss
+Algorithm 2  l. 1  a test task: z from the prior, or from the posterior of all episodes so far -> adapt
+             l. 2  an episode of mean actions, which joins the context -> adapt, evaluate
 
   one visit to a task   |  prior block           |  posterior block                       |  extra block
   z of an episode       |  N(0, I)               |  1st N(0, I), then q(z|c), one by one  |  1st N(0, I), then q(z|c)
   into the context      |  yes, after a clearing |  yes                                   |  no
-  into the RL buffer    |  yes                   |  yes                                   |  yes
+  into the RL data      |  yes                   |  yes                                   |  yes
 
 Symbols      φ -> encoder; Q_1, Q_2 -> q (one batched network); V, V̄ -> v, target; π -> policy; c -> context
              [task, token, ·]; z [task, latent_dim]; ρ, β, γ, τ -> reward_scale, kl_weight, gamma, tau
 
 Deviations from the official code (C)
-  D1  C visits one task after another and collects one episode at a time; here the episodes of all visits of an
-      iteration run in lockstep, block by block, which fills the cores. A posterior block still redraws z after every
-      episode; if a task is visited twice in one iteration, both visits' posterior blocks enter its context.
-  D2  C counts steps, in a block and at test; here episodes, the steps divided by the horizon and rounded up: the number
-      of copies stays the same, and robots that fall give less.
-  D3  C keeps contexts in a second buffer, both float64 and of 1e6 steps a task; here as ranges of one float32 buffer
-      that holds the whole run.
+  D1  C visits one task after another and plays one episode at a time; here all visits of an iteration go block by block
+      and their episodes in lockstep, which fills the cores. The data are distributed as C's: no network changes
+      meanwhile, each visit infers from a context of its own, and plays until it has its steps.
+  D2  C counts steps at test too, so that robots that fall get more episodes; here everyone gets eval_episodes.
+  D3  C keeps contexts in a second buffer, both float64 and of 1e6 steps a task; here one float32 storage holds the
+      whole run, and two indices say which of its rows belong to a task, and which to its context. The step in which a
+      simulation diverges is dropped.
   D4  C has five optimisers; here one for critic and encoder, one for V and π. Adam is elementwise: the same steps.
   D5  C tests on its own tasks, several times each where there are few; here on the environment's 32 or 40, once each.
-      C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2).
+      C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2). Its ant-dir has
+      two random directions, no contact forces among 27 observations, and death outside heights of 0.2 to 1; here
+      forward and backward, 111 observations, 0 to 1.
   D6  No option of C: dense reward with sparse context, encoder without bottleneck, recurrent encoder.
 
 Tested       python algos/pearl.py --env cheetah-dir --iterations 60   (604,000 frames, two hours on one core of an AMD
              EPYC): 1141 in the episode after inference (forward 1091, backward 1190), -118 and 51 in the two before.
 """
 
-import argparse
-import csv
 import difflib
 import importlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -60,6 +71,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
@@ -73,61 +85,79 @@ import envs
 @dataclass
 class Args:
     env: str = "cheetah-dir"  # environment id (module:id imports the module first)
-    seed: int = 0  # of everything random
+    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks live
-    num_threads: int = 0  # of physics and updates (0: all CPUs)
-    iterations: int = 500  # of collecting and training
+    num_threads: int = 0  # threads of the physics and of updates (0: as many as CPUs)
+    iterations: int = 500  # number of iterations of collecting and training
     eval_every: int = 10  # iterations between evaluations on the held-out tasks
     save_every: int = 5  # iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
-    run_dir: str = "runs"  # folder for the run's own folder
-    resume: str | None = None  # run folder to continue (its args.json applies)
-    evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
+    run_dir: str = "runs"  # folder in which the run makes its own folder
+    resume: str | None = None  # run folder to continue; its args.json applies
+    evaluate: str | None = None  # run folder to evaluate without training; its args.json applies
 
-    train_tasks: int = 500  # training tasks: the first different ones of the environment's training set
+    train_tasks: int = 500  # number of training tasks: the first different ones of the environment's training set
     horizon: int = 100  # H, steps per episode
-    initial_steps: int = 200  # of every training task with z from the prior, before the first update
-    visits: int = 5  # tasks visited per iteration, drawn with replacement
-    prior_steps: int = 400  # per visit, z from the prior
-    posterior_steps: int = 0  # per visit, z from the posterior, into the context
-    extra_steps: int = 600  # per visit, z from the posterior, not into the context
-    gradient_steps: int = 4000  # per iteration
-    eval_episodes: int = 2  # per held-out task, the context growing
-    eval_prior_episodes: int = 1  # of these, with z from the prior
+    initial_steps: int = 200  # steps in every training task before the first update, z from the prior
+    visits: int = 5  # number of tasks visited per iteration, drawn with replacement
+    prior_steps: int = 400  # steps of a visit with z from the prior
+    posterior_steps: int = 0  # steps of a visit with z from the posterior that join the context
+    extra_steps: int = 600  # steps of a visit with z from the posterior that do not join the context
+    gradient_steps: int = 4000  # number of gradient steps per iteration
+    eval_episodes: int = 2  # number of episodes in each held-out task
+    eval_prior_episodes: int = 1  # how many of these, the first ones, have z from the prior
 
-    latent_dim: int = 5  # dimension of z
-    next_obs_in_context: bool = False  # tokens (s, a, r, s') instead of (s, a, r)
-    encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden layers of φ
-    hidden: tuple[int, ...] = (300, 300, 300)  # hidden layers of π, Q and V
-    meta_batch: int = 16  # tasks per gradient step
-    batch: int = 256  # transitions per task and gradient step
-    context: int = 256  # transitions per context
-    kl_weight: float = 0.1  # β, of the sum over tasks
-    reward_scale: float = 5.0  # ρ, against the entropy's weight of 1
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # of the slow copy of V
-    lr: float = 3e-4  # of all networks
-    policy_regularisation: float = 1e-3  # of the squared mean and log σ of π
+    latent_dim: int = 5  # dimensions of z
+    next_obs_in_context: bool = False  # context of (s, a, r, s') instead of (s, a, r)
+    encoder_hidden: tuple[int, ...] = (200, 200, 200)  # widths of the encoder's hidden layers
+    hidden: tuple[int, ...] = (300, 300, 300)  # widths of the hidden layers of policy, Q and V
+    meta_batch: int = 16  # number of tasks in a gradient step
+    batch: int = 256  # transitions of each of these tasks
+    context: int = 256  # transitions in the context of each of these tasks
+    kl_weight: float = 0.1  # β, weight of the KL, which is a sum over tasks
+    reward_scale: float = 5.0  # ρ, factor on the reward, beside the entropy's weight of 1
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # τ, rate at which the slow copy of V follows
+    lr: float = 3e-4  # learning rate of all networks
+    policy_regularisation: float = 1e-3  # weight of the squared mean and log σ of the policy
 
 
-# The official configurations; MILET's suite has Args' values (H = 100, one prior and one posterior episode), ml2 is
-# Taming the Herd's Table 4. H, initial steps and gradient steps are per environment.
-OFFICIAL = dict(horizon=200, initial_steps=2000, eval_episodes=3, eval_prior_episodes=2)
-CHEETAH_DIR = OFFICIAL | dict(train_tasks=2, meta_batch=4, prior_steps=1000, extra_steps=1000, gradient_steps=2000)
-POINT = dict(  # tuned by us
-    train_tasks=100, initial_steps=200, visits=20, prior_steps=200, extra_steps=200, gradient_steps=1000,
-    iterations=80, eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64, batch=64,
-    gamma=0.9, reward_scale=20.0, tau=0.01, lr=1e-3,
-)  # fmt: skip
-PRESETS = {
+# oyster's configurations. MILET's suite has Args' values: two episodes of 100 steps, as in its comparison; the rest is
+# oyster's default with a tenth of the initial steps.
+OYSTER = dict(horizon=200, initial_steps=2000, eval_episodes=3, eval_prior_episodes=2)
+CHEETAH_DIR = OYSTER | dict(train_tasks=2, meta_batch=4, prior_steps=1000, extra_steps=1000, gradient_steps=2000)
+PAPER = {
     "cheetah-dir": CHEETAH_DIR,
-    "cheetah-vel": OFFICIAL | dict(train_tasks=100, gradient_steps=2000, context=100),
-    "ant-dir": OFFICIAL | dict(train_tasks=2, meta_batch=4),
-    "ml2": CHEETAH_DIR | dict(train_tasks=4, visits=10, iterations=155),
-    "hopper-params-4c": dict(next_obs_in_context=True),
+    "cheetah-vel": OYSTER | dict(train_tasks=100, gradient_steps=2000, context=100),
+    "ant-dir": OYSTER | dict(train_tasks=2, meta_batch=4),
+    "walker-dir": CHEETAH_DIR,  # Taming the Herd, Table 4, for one robot
+    "ml2": CHEETAH_DIR | dict(train_tasks=4, visits=10, iterations=155),  # Taming the Herd, Table 4
+    "hopper-params-4c": dict(next_obs_in_context=True),  # as in oyster's rand-params
     "walker-params-4c": dict(next_obs_in_context=True),
-    "point-goal-4c": POINT,
 }
+FAST = {
+    "point-goal-4c": dict(
+        train_tasks=100, initial_steps=200, visits=20, prior_steps=200, extra_steps=200, gradient_steps=1000,
+        iterations=80, eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64,
+        batch=64, gamma=0.9, reward_scale=20.0, tau=0.01, lr=1e-3,
+    ),
+}  # fmt: skip
+MAY_BE_0 = ("seed", "num_threads", "posterior_steps", "extra_steps")
+
+
+def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
+    """What must hold; where it does not, the message is the error."""
+    return {
+        "--train-tasks must be at most 500, the size of the training set": args.train_tasks <= 500,
+        "--reward-scale and --lr must be positive": min(args.reward_scale, args.lr) > 0,
+        "--kl-weight must be at least 0": args.kl_weight >= 0,
+        "--policy-regularisation must be at least 0": args.policy_regularisation >= 0,
+        "--gamma must be in [0, 1]": 0 <= args.gamma <= 1,
+        "--tau must be in (0, 1]": 0 < args.tau <= 1,
+        "--eval-prior-episodes must be at most --eval-episodes": args.eval_prior_episodes <= args.eval_episodes,
+    }
+
 
 # == Networks ==========================================================================================================
 
@@ -147,21 +177,21 @@ class MLP(nn.Module):
         self.layers = list(zip(self.weights, self.biases))  # once: reading a ParameterList is slow
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """Inputs, joined along the last dimension, [row, ·] -> [copies, row, out]."""
-        x, (*hidden, (weight, bias)) = torch.cat(parts, dim=-1), self.layers
-        if x.device.type == "cpu" and len(x) >= 512:  # oneDNN's products are faster than batched ones, if large
-            return torch.stack([self.one(x.to_mkldnn(), i).to_dense() for i in range(len(weight))])
-        x = x.expand(len(weight), -1, -1)
-        for w, b in hidden:
-            x = torch.baddbmm(b, x, w).relu_()
-        return torch.baddbmm(bias, x, weight)
+        """Inputs, joined along the last dimension, [row, ·] -> [copy, row, out]."""
+        x = torch.cat(parts, dim=-1)
+        return forward_onednn(self, x) if x.device.type == "cpu" and len(x) >= 512 else self.head(self.features(x))
 
-    def one(self, x: Tensor, i: int) -> Tensor:
-        """Network i, [row, ·] -> [row, out]."""
-        *hidden, (weight, bias) = self.layers
-        for w, b in hidden:
-            x = F.linear(x, w[i].T, b[i, 0]).relu()
-        return F.linear(x, weight[i].T, bias[i, 0])
+    def features(self, x: Tensor) -> Tensor:
+        """The last hidden layer, [row, in] -> [copy, row, hidden]."""
+        x = x.expand(len(self.weights[0]), -1, -1)
+        for w, b in self.layers[:-1]:
+            x = torch.baddbmm(b, x, w).relu_()
+        return x
+
+    def head(self, h: Tensor) -> Tensor:
+        """The output layer, [copy, row, hidden] -> [copy, row, out]."""
+        w, b = self.layers[-1]
+        return torch.baddbmm(b, h, w)
 
 
 def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
@@ -178,30 +208,44 @@ def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
 
 
 def pre_tanh(policy: MLP, obs: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log σ of π(·|s,z) before the tanh, [row, action_dim] each."""
+    """m and ln σ of Eq. (5), [row, action_dim] each."""
     mean, log_std = policy(obs, z)[0].chunk(2, dim=-1)
     return mean, log_std.clamp(-20, 2)
 
 
 def squashed(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """ã = tanh(u), u = mean + σ noise, and ln π(ã|s,z) [row]."""
-    u = mean + log_std.exp() * noise
-    action = u.tanh()
-    log_pi = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi) - (1 - action**2 + 1e-6).log()
-    return action, log_pi.sum(-1)
+    """ã [row, action_dim] and ln π(ã|s,z) [row] of Eq. (5), ε the noise."""
+    action = (mean + log_std.exp() * noise).tanh()
+    log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    return action, (log_normal - (1 - action**2 + 1e-6).log()).sum(-1)
+
+
+def forward_onednn(net: MLP, x: Tensor) -> Tensor:
+    """`net.head(net.features(x))`, for speed on a CPU: oneDNN's products are faster than batched ones, if large.
+
+    h_0 = x, h_k = relu(h_(k-1) W_k + b_k), and the output is h_n W_(n+1) + b_(n+1), for each of the copies.
+    """
+    outputs = []
+    for i in range(len(net.weights[0])):
+        h = x.to_mkldnn()
+        for w, b in net.layers[:-1]:
+            h = F.linear(h, w[i].T, b[i, 0]).relu()
+        w, b = net.layers[-1]
+        outputs.append(F.linear(h, w[i].T, b[i, 0]).to_dense())
+    return torch.stack(outputs)
 
 
 # == Sampler ===========================================================================================================
 
 
 class Episodes(NamedTuple):
-    """One episode of every copy; after a fall alive is False."""
+    """An episode of every copy."""
 
     obs: Tensor  # [copy, H+1, obs_dim]
     action: Tensor  # [copy, H, action_dim]
     reward: Tensor  # [copy, H]
     terminated: Tensor  # [copy, H], 1 at a fall; a time limit is none
-    alive: Tensor  # [copy, H] bool
+    alive: Tensor  # [copy, H] bool: steps taken, none after a fall, nor the one in which a simulation diverges (D3)
 
 
 # Copied from algos/maml.py
@@ -211,105 +255,119 @@ def random_seed(rng: torch.Generator) -> int:
 
 @torch.inference_mode()
 def rollout(
-    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: MLP, z: Tensor, rng: torch.Generator, test: bool
+    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: MLP, z: Tensor, seed: int, noise: Tensor, play: np.ndarray
 ) -> Episodes:
-    """One episode of every copy in lockstep, each in its own task and with its own z [copy, latent_dim].
+    """An episode of the copies that play [copy] bool, in lockstep, each in its own task and with its own z [copy, ·].
 
-    At test actions are the tanh of the mean.
+    noise: the ε of Eq. (5), [H, copy, action_dim].
     """
-    threads, horizon, z = torch.get_num_threads(), env.unwrapped.horizon, z.to(next(policy.parameters()).device)
+    threads, device = torch.get_num_threads(), next(policy.parameters()).device
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
-    state, _ = env.reset(seed=random_seed(rng), options={"tasks": tasks})
-    noise = (torch.zeros if test else partial(torch.randn, generator=rng))(horizon, *env.action_space.shape).to(z)
-    states, steps, done = [state], [], np.zeros(len(state), bool)
+    z, noise = z.to(device), noise.to(device)
+    horizon, copies, action_dim = noise.shape
+    obs = np.zeros((copies, horizon + 1, *env.single_observation_space.shape), np.float32)
+    action, reward = np.zeros((copies, horizon, action_dim), np.float32), np.zeros((copies, horizon), np.float32)
+    terminated, alive = np.zeros((copies, horizon), np.float32), np.zeros((copies, horizon), bool)
+    obs[:, 0], _ = env.reset(seed=seed, options={"tasks": tasks, "reset_mask": play})
     for t in range(horizon):
-        mean, log_std = pre_tanh(policy, torch.from_numpy(state).to(z), z)
-        action = (mean + log_std.exp() * noise[t]).tanh().cpu().numpy()
-        alive = ~done
-        state, reward, terminated, truncated, _ = env.step(action)
-        done = terminated | truncated
-        states.append(state)
-        steps.append((action, reward.astype(np.float32), (terminated & alive).astype(np.float32), alive))
+        if not play.any():
+            obs[:, t + 1 :] = obs[:, t : t + 1]
+            break
+        mean, log_std = pre_tanh(policy, torch.from_numpy(obs[:, t]).to(device), z)
+        action[:, t] = (mean + log_std.exp() * noise[t]).tanh().cpu().numpy()
+        obs[:, t + 1], reward[:, t], fell, out_of_time, info = env.step(action[:, t])
+        alive[:, t] = play & ~info["diverged"]
+        terminated[:, t] = fell & alive[:, t]
+        play = play & ~(fell | out_of_time)
     torch.set_num_threads(threads)
-    rest = (torch.from_numpy(np.stack(x, axis=1)) for x in zip(*steps))
-    return Episodes(torch.from_numpy(np.stack(states, axis=1)), *rest)
+    return Episodes(*map(torch.from_numpy, (obs, action, reward, terminated, alive)))
 
 
-# == Replay buffer =====================================================================================================
+# == Replay data =======================================================================================================
 
 
-class Buffer:
-    """All transitions in the order of collection; which are of a training task, and which are its context (D3).
+class Transitions(NamedTuple):
+    """[task, transition, ·] or [row, ·] each."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+
+
+class Storage:
+    """All states and steps of the run in the order of collection (D3), grown as needed.
 
     An episode of n steps takes n + 1 rows, one a state; so the next state of row i is in row i + 1.
     """
 
-    def __init__(self, tasks: int, capacity: int, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int):
         widths = dict(obs=obs_dim, action=action_dim, reward=1, terminated=1)
-        self.data = {name: torch.empty(capacity, width) for name, width in widths.items()}
+        self.data = {name: torch.empty(2**16, width) for name, width in widths.items()}
         self.used = 0
-        self.rows = torch.zeros(tasks, 1024, dtype=torch.int32)  # [task, its n-th transition], grows
-        self.size, self.context_start, self.context_end = torch.zeros(3, tasks, dtype=torch.int64)
 
-    def add(self, task: int, episodes: Episodes, to_context: bool) -> None:
-        """The steps taken. The context of a task are transitions that follow each other."""
-        taken = episodes.alive
-        states = torch.cat([torch.ones_like(taken[:, :1]), taken], dim=1)  # [copy, H+1], seen before the end
-        row = self.used + states.flatten().cumsum(0).view(states.shape) - 1
-        rows = row[:, :-1][taken]
-        self.data["obs"][row[states]] = episodes.obs[states]
-        for name, value in zip(("action", "reward", "terminated"), episodes[1:4]):
-            self.data[name][rows] = value[taken].view(len(rows), -1)
-        self.used += int(states.sum())
-        first, last = int(self.size[task]), int(self.size[task]) + len(rows)
-        while last > self.rows.shape[1]:
-            self.rows = torch.cat([self.rows, torch.zeros_like(self.rows)], dim=1)
-        self.rows[task, first:last] = rows.int()
-        self.size[task] = last
-        if to_context:
-            self.context_end[task] = last
+    def add(self, episodes: Episodes) -> Tensor:
+        """Returns the rows of the steps taken."""
+        rows = []
+        for obs, action, reward, terminated, alive in zip(*episodes):
+            steps, first = int(alive.sum()), self.used
+            last = first + steps  # the row of the last state
+            while last >= len(self.data["obs"]):
+                for x in self.data.values():
+                    x.resize_(2 * len(x), x.shape[1])
+            self.data["obs"][first : last + 1] = obs[: steps + 1]
+            for name, x in dict(action=action, reward=reward[:, None], terminated=terminated[:, None]).items():
+                self.data[name][first:last] = x[:steps]
+            rows.append(torch.arange(first, last))
+            self.used = last + 1
+        return torch.cat(rows)
 
-    def clear_context(self, task: int) -> None:
-        self.context_start[task] = self.context_end[task] = self.size[task]
-
-    def sample(self, tasks: Tensor, n: int, rng: torch.Generator) -> list[Tensor]:
-        """n transitions of each task, with replacement: obs, action, reward, next_obs, terminated [task, n, ·]."""
-        return self._sample(tasks, torch.zeros_like(tasks), self.size[tasks], n, rng)
-
-    def sample_context(self, tasks: Tensor, n: int, rng: torch.Generator) -> list[Tensor]:
-        """The same out of the context of each task."""
-        return self._sample(tasks, self.context_start[tasks], self.context_end[tasks], n, rng)
-
-    def _sample(self, tasks: Tensor, start: Tensor, end: Tensor, n: int, rng: torch.Generator) -> list[Tensor]:
-        uniform = torch.rand(len(tasks), n, generator=rng, dtype=torch.float64)
-        nth = start[:, None] + (uniform * (end - start)[:, None]).long()
-        rows = self.rows[tasks[:, None], nth].long().flatten()
-        obs, action, reward, terminated = (x.index_select(0, rows) for x in self.data.values())
-        parts = obs, action, reward, self.data["obs"].index_select(0, rows + 1), terminated
-        return [x.view(len(tasks), n, -1) for x in parts]
+    def read(self, rows: Tensor) -> Transitions:
+        """Of rows [task, n]."""
+        obs, action, reward, terminated = (x.index_select(0, rows.flatten()) for x in self.data.values())
+        next_obs = self.data["obs"].index_select(0, rows.flatten() + 1)
+        return Transitions(*(x.view(*rows.shape, -1) for x in (obs, action, reward, next_obs, terminated)))
 
     def state_dict(self) -> dict:
-        state = {name: x[: self.used].clone() for name, x in self.data.items()}
-        return state | {k: getattr(self, k) for k in ("used", "rows", "size", "context_start", "context_end")}
+        return {name: x[: self.used].clone() for name, x in self.data.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.used = state["used"]
-        for name in ("rows", "size", "context_start", "context_end"):
-            setattr(self, name, state[name].clone())
-        for name, storage in self.data.items():
-            storage[: self.used] = state[name]
+        self.data, self.used = {name: x.clone() for name, x in state.items()}, len(state["obs"])
+
+
+class Index:
+    """Which rows of a storage belong to each of n tasks (or visits), in the order of collection."""
+
+    def __init__(self, n: int):
+        self.rows = [torch.empty(0, dtype=torch.int64)] * n
+
+    def add(self, i: int, rows: Tensor) -> None:
+        self.rows[i] = torch.cat([self.rows[i], rows])
+
+    def sample(self, which: Tensor, n: int, rng: torch.Generator) -> Tensor:
+        """n rows of each of `which`, with replacement: [len(which), n]."""
+        uniform = torch.rand(len(which), n, generator=rng, dtype=torch.float64)
+        mine = [self.rows[i] for i in which.tolist()]
+        return torch.stack([rows[(u * len(rows)).long()] for rows, u in zip(mine, uniform)])
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = [rows.clone() for rows in state["rows"]]
 
 
 # == Task inference ====================================================================================================
 
 
-def tokens(obs: Tensor, action: Tensor, reward: Tensor, next_obs: Tensor, args: Args) -> Tensor:
-    """c_n: (s, a, r), or (s, a, r, s'); [..., ·] each, the reward as the environment gives it (D6)."""
-    return torch.cat([obs, action, reward] + [next_obs] * args.next_obs_in_context, dim=-1)
+def tokens(c: Transitions, args: Args) -> Tensor:
+    """c_n: (s, a, r), or (s, a, r, s'), the reward as the environment gives it (D6)."""
+    return torch.cat([c.obs, c.action, c.reward] + [c.next_obs] * args.next_obs_in_context, dim=-1)
 
 
 def posterior(encoder: MLP, context: Tensor, alive: Tensor | None = None) -> Normal:
-    """q_φ(z|c) of contexts [task, token, ·] (those that are alive [task, token]): [task, latent_dim]."""
+    """Eq. (1) of contexts [task, token, ·] (those that are alive [task, token]): [task, latent_dim]."""
     mean, raw_var = encoder(context.flatten(0, 1))[0].view(*context.shape[:2], -1).chunk(2, dim=-1)
     precision = 1 / F.softplus(raw_var).clamp(min=1e-7)
     precision = precision if alive is None else precision * alive[..., None]
@@ -321,58 +379,33 @@ def draw(q: Normal, rng: torch.Generator) -> Tensor:
     return q.mean + q.stddev * torch.randn(q.mean.shape, generator=rng).to(q.mean.device)
 
 
-@torch.inference_mode()
-def draw_posterior(agent: nn.ModuleDict, buffer: Buffer, tasks: Tensor, rng: torch.Generator, args: Args) -> Tensor:
-    """z ~ q_φ(z|c), c a sample of the task's context: [task, latent_dim]."""
-    *context, _ = buffer.sample_context(tasks, args.context, rng)
-    return draw(posterior(agent["encoder"], tokens(*context, args).to(args.device)), rng).cpu()
-
-
-def collect(
-    make_env: Callable[[int], gym.vector.VectorEnv], agent: nn.ModuleDict, buffer: Buffer, train_tasks: envs.Tasks,
-    tasks: Tensor, z: Tensor, rng: torch.Generator, to_context: bool, clear: bool,
-) -> Episodes:  # fmt: skip
-    """An episode in every visited task for each of its z [visit, episode, latent_dim], all in lockstep (D1)."""
-    copies = tasks.repeat_interleave(z.shape[1])
-    env = make_env(len(copies))
-    episodes = rollout(env, train_tasks[copies.numpy()], agent["policy"], z.flatten(0, 1), rng, test=False)
-    for i, task in enumerate(tasks.tolist()):
-        mine = slice(i * z.shape[1], (i + 1) * z.shape[1])
-        if clear:
-            buffer.clear_context(task)
-        buffer.add(task, Episodes(*(x[mine] for x in episodes)), to_context)
-    return episodes
+def kl_to_prior(q: Normal) -> Tensor:
+    """Eq. (2), a sum over tasks and dimensions."""
+    return kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0, validate_args=False)).sum()
 
 
 # == Soft actor-critic =================================================================================================
 
 
-def make_optimizers(agent: nn.ModuleDict, args: Args) -> dict[str, torch.optim.Optimizer]:
-    """Of the critic with the encoder, and of V with π (D4)."""
-    groups = {"critic": ("q", "encoder"), "actor": ("v", "policy")}
-    parameters = {k: [p for name in names for p in agent[name].parameters()] for k, names in groups.items()}
-    return {k: torch.optim.Adam(p, args.lr, fused=True) for k, p in parameters.items()}
-
-
-def critic_loss(agent: nn.ModuleDict, batch: list[Tensor], z: Tensor, q_z: Normal, args: Args) -> dict[str, Tensor]:
-    """Of Q_1, Q_2 and φ; batch and z [row, ·], q_z [task, latent_dim]."""
-    obs, action, reward, next_obs, terminated = batch
+def critic_loss(agent: nn.ModuleDict, batch: Transitions, z: Tensor, next_z: Tensor, args: Args) -> Tensor:
+    """Of Q_1, Q_2 and φ, Eq. (4) without the KL; batch and z [row, ·], next_z the z of the next state."""
     with torch.no_grad():
-        goal = args.reward_scale * reward + (1 - terminated) * args.gamma * agent["target"](next_obs, z)[0]
-    error = (agent["q"](obs, action, z) - goal).square().mean((1, 2)).sum()
-    kl = kl_divergence(q_z, Normal(torch.zeros_like(q_z.mean), 1.0, validate_args=False)).sum()
-    return dict(q_error=error, kl=kl, loss=error + args.kl_weight * kl)
+        next_v = agent["target"](batch.next_obs, next_z)[0]
+        bellman = args.reward_scale * batch.reward + (1 - batch.terminated) * args.gamma * next_v  # Eq. (3)
+    return (agent["q"](batch.obs, batch.action, z) - bellman).square().mean((1, 2)).sum()  # Eq. (4)
 
 
-def actor_loss(agent: nn.ModuleDict, obs: Tensor, z: Tensor, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """Of V and π, whose parameters are disjoint; z comes without gradient."""
+def actor_loss(
+    agent: nn.ModuleDict, obs: Tensor, z: Tensor, noise: Tensor, args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of V and of π, whose parameters are disjoint, and mean ln π; z comes without gradient."""
     mean, log_std = pre_tanh(agent["policy"], obs, z)
-    action, log_pi = squashed(mean, log_std, noise)
+    action, log_pi = squashed(mean, log_std, noise)  # Eq. (5)
     min_q = agent["q"](obs, action, z)[..., 0].amin(0)
-    v_error = (agent["v"](obs, z)[0, :, 0] - (min_q - log_pi).detach()).square().mean()
+    v_error = (agent["v"](obs, z)[0, :, 0] - (min_q - log_pi).detach()).square().mean()  # Eq. (6)
     penalty = args.policy_regularisation * (mean.square().mean() + log_std.square().mean())
-    policy_loss = (log_pi - min_q).mean() + penalty
-    return dict(v_error=v_error, policy_loss=policy_loss, log_pi=log_pi.mean(), loss=v_error + policy_loss)
+    policy_loss = (log_pi - min_q).mean() + penalty  # Eq. (7)
+    return v_error, policy_loss, log_pi.mean()
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -383,26 +416,122 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def gradient_step(
-    agent: nn.ModuleDict, optimizers: dict[str, torch.optim.Optimizer], buffer: Buffer, rng: torch.Generator, args: Args
-) -> dict[str, Tensor]:
-    """A training step of Algorithm 1, in the order of the official code; the terms of the losses."""
-    tasks = torch.randint(len(buffer.size), (args.meta_batch,), generator=rng)
-    *context, _ = buffer.sample_context(tasks, args.context, rng)
-    batch = [x.flatten(0, 1).to(args.device) for x in buffer.sample(tasks, args.batch, rng)]  # [row, ·]
-    noise = torch.randn(batch[1].shape, generator=rng).to(args.device)
+# == Learner ===========================================================================================================
 
-    q_z = posterior(agent["encoder"], tokens(*context, args).to(args.device))
-    z = draw(q_z, rng).repeat_interleave(args.batch, dim=0)
-    critic = critic_loss(agent, batch, z, q_z, args)
-    step(optimizers["critic"], critic.pop("loss"))
 
-    actor = actor_loss(agent, batch[0], z.detach(), noise, args)
-    step(optimizers["actor"], actor.pop("loss"))
+class Learner(NamedTuple):
+    """One PEARL: its networks, its data, its training tasks."""
+
+    agent: nn.ModuleDict
+    optimizers: dict[str, torch.optim.Optimizer]
+    storage: Storage
+    rl: Index  # of the storage, the rows of every training task
+    context: Index  # of these, the rows of its context
+    tasks: envs.Tasks
+    make_env: Callable[[int], gym.vector.VectorEnv]  # by the number of copies
+    args: Args
+
+    @property
+    def frames(self) -> int:
+        """The steps taken so far."""
+        return sum(map(len, self.rl.rows))
+
+
+def make_learner(make_env: Callable[[int], gym.vector.VectorEnv], tasks: envs.Tasks, args: Args) -> Learner:
+    env = make_env(1)
+    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    agent = make_agent(obs_dim, action_dim, args)
+    groups = {"critic": ("q", "encoder"), "actor": ("v", "policy")}  # D4
+    parameters = {k: [p for name in names for p in agent[name].parameters()] for k, names in groups.items()}
+    optimizers = {k: torch.optim.Adam(p, args.lr, fused=True) for k, p in parameters.items()}
+    rl, context = Index(len(tasks)), Index(len(tasks))
+    return Learner(agent, optimizers, Storage(obs_dim, action_dim), rl, context, tasks, make_env, args)
+
+
+@torch.inference_mode()
+def posterior_z(learner: Learner, contexts: Index, episodes: int, rng: torch.Generator) -> Tensor:
+    """z ~ q_φ(z|c), c of every z a new sample of the visit's context: [visit, episode, latent_dim]."""
+    args, visits = learner.args, len(contexts.rows)
+    which = torch.arange(visits).repeat_interleave(episodes)
+    context = learner.storage.read(contexts.sample(which, args.context, rng))
+    q_z = posterior(learner.agent["encoder"], tokens(context, args).to(args.device))
+    return draw(q_z, rng).cpu().view(visits, episodes, -1)
+
+
+def collect(
+    learner: Learner, tasks: Tensor, contexts: Index, steps: int, infer: bool, to_context: bool, rng: torch.Generator
+) -> float:
+    """The mean return of a block of the visits to tasks [visit], each with a context of its own (D1).
+
+    infer: z from the posterior, but for the first episode. In every round of episodes a visit plays as many as its
+    missing steps need at least; or one, if that changes the posterior of the next.
+    """
+    args, visits, taken, returns = learner.args, len(tasks), torch.zeros(len(tasks)), []
+    episodes = 1 if infer and to_context else math.ceil(steps / args.horizon)  # of a visit in a round
+    env, copies = learner.make_env(visits * episodes), learner.tasks[tasks.repeat_interleave(episodes).numpy()]
+    while (taken < steps).any():
+        z = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)
+        if infer:
+            inferred = posterior_z(learner, contexts, episodes, rng)
+            z = inferred if returns else torch.cat([z, inferred[:, 1:]], dim=1)
+        play = (torch.arange(episodes) < ((steps - taken) / args.horizon).ceil()[:, None]).flatten()  # [copy]
+        seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)
+        played = rollout(env, copies, learner.agent["policy"], z.flatten(0, 1), seed, noise, play.numpy())
+        returns.append(played.reward.sum(1)[play])
+        for visit, task in enumerate(tasks.tolist()):
+            rows = learner.storage.add(Episodes(*(x[visit * episodes :][:episodes] for x in played)))
+            learner.rl.add(task, rows)
+            if to_context:
+                contexts.add(visit, rows)
+            taken[visit] += len(rows)
+    return torch.cat(returns).mean().item()
+
+
+def collect_iteration(learner: Learner, rng: torch.Generator) -> dict[str, float]:
+    """Alg. 1, l. 2: the mean return of every block."""
+    args, contexts, returns = learner.args, Index(learner.args.visits), {}
+    tasks = torch.randint(len(learner.tasks), (args.visits,), generator=rng)
+    blocks = dict(  # steps, z from the posterior?, into the context?
+        prior=(args.prior_steps, False, True),
+        posterior=(args.posterior_steps, True, True),
+        extra=(args.extra_steps, True, False),
+    )
+    for name, (steps, infer, to_context) in blocks.items():
+        if steps > 0:
+            returns[f"train/return_{name}"] = collect(learner, tasks, contexts, steps, infer, to_context, rng)
+    for task, rows in zip(tasks.tolist(), contexts.rows):
+        learner.context.rows[task] = rows  # in place of the old ones; of two visits to a task the last one's stay
+    return returns
+
+
+def gradient_step(learner: Learner, rng: torch.Generator) -> dict[str, Tensor]:
+    """Alg. 1, l. 4, in the order of the official code: the terms of the losses."""
+    agent, args = learner.agent, learner.args
+    tasks = torch.randint(len(learner.tasks), (args.meta_batch,), generator=rng)
+    context = learner.storage.read(learner.context.sample(tasks, args.context, rng))  # [task, token, ·]
+    batch = learner.storage.read(learner.rl.sample(tasks, args.batch, rng))  # [task, transition, ·]
+    batch = Transitions(*(x.flatten(0, 1).to(args.device) for x in batch))  # [row, ·]
+    noise = torch.randn(batch.action.shape, generator=rng).to(args.device)
+
+    q_z = posterior(agent["encoder"], tokens(context, args).to(args.device))
+    z = draw(q_z, rng).repeat_interleave(args.batch, dim=0)  # [row, latent_dim]
+    q_error, kl = critic_loss(agent, batch, z, z, args), kl_to_prior(q_z)
+    step(learner.optimizers["critic"], q_error + args.kl_weight * kl)  # Eq. (4)
+
+    v_error, policy_loss, log_pi = actor_loss(agent, batch.obs, z.detach(), noise, args)
+    step(learner.optimizers["actor"], v_error + policy_loss)
     with torch.no_grad():
         for slow, fast in zip(agent["target"].parameters(), agent["v"].parameters()):
-            slow.lerp_(fast, args.tau)
-    return {name: value.detach() for name, value in (critic | actor).items()}
+            slow.lerp_(fast, args.tau)  # Eq. (8)
+    terms = dict(q_error=q_error, kl=kl, v_error=v_error, policy_loss=policy_loss, log_pi=log_pi)
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def train_iteration(learner: Learner, rng: torch.Generator) -> dict[str, float]:
+    """Alg. 1, l. 3: the means of the losses' terms."""
+    steps = tqdm(range(learner.args.gradient_steps), "gradient steps", leave=False, disable=None)
+    terms = [gradient_step(learner, rng) for _ in steps]
+    return {f"sac/{name}": torch.stack([t[name] for t in terms]).mean().item() for name in terms[0]}
 
 
 # == Evaluation ========================================================================================================
@@ -417,129 +546,43 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 
 @torch.inference_mode()
+def adapt(
+    env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, rng: torch.Generator, args: Args
+) -> tuple[list[Episodes], list[int], Normal]:
+    """Alg. 2 on each of the tasks: its episodes (D2), their reset seeds, and the posterior after the last."""
+    q_z = prior = Normal(torch.zeros(len(tasks), args.latent_dim), 1.0)
+    episodes, seeds, context, alive = [], [], [], []
+    mean_actions, everyone = torch.zeros(args.horizon, *env.action_space.shape), np.ones(len(tasks), bool)
+    for k in range(args.eval_episodes):
+        z = draw(prior if k < args.eval_prior_episodes else q_z, rng)  # Alg. 2, l. 1
+        seeds.append(random_seed(rng))
+        episodes.append(e := rollout(env, tasks, agent["policy"], z, seeds[-1], mean_actions, everyone))  # l. 2
+        seen = Transitions(e.obs[:, :-1], e.action, e.reward[..., None], e.obs[:, 1:], e.terminated[..., None])
+        context.append(tokens(seen, args))
+        alive.append(e.alive)
+        q_z = posterior(agent["encoder"], torch.cat(context, 1).to(args.device), torch.cat(alive, 1).to(args.device))
+    return episodes, seeds, q_z
+
+
 def evaluate(
     env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Algorithm 2 on every held-out task (D5), with mean actions: the metrics, and what the figures need.
-
-    z is drawn anew for every episode: from the prior, and after eval_prior_episodes from the posterior of all
-    transitions so far.
-    """
-    rng = torch.Generator().manual_seed(10**6 + args.seed)
-    q_z = prior = Normal(torch.zeros(len(tasks), args.latent_dim), 1.0)
-    metrics, traces, context, alive = {}, [], [], []
-    for k in range(1, args.eval_episodes + 1):
-        z = draw(prior if k <= args.eval_prior_episodes else q_z, rng)
-        episode = rollout(env, tasks, agent["policy"], z, rng, test=True)
-        seen = episode.obs[:, :-1], episode.action, episode.reward[..., None], episode.obs[:, 1:]
-        context.append(tokens(*seen, args))
-        alive.append(episode.alive)
-        q_z = posterior(agent["encoder"], torch.cat(context, 1).to(args.device), torch.cat(alive, 1).to(args.device))
+    """Adaptation to the held-out tasks (D5): the metrics, and what the figures need."""
+    episodes, seeds, q_z = adapt(env, tasks, agent, torch.Generator().manual_seed(10**6 + args.seed), args)
+    metrics = {}
+    for k, episode in enumerate(episodes, start=1):
         returns = episode.reward.double().sum(1).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
-        traces.append(episode.obs[:, :, :2].transpose(0, 1).numpy())
     metrics["eval/posterior_std"] = q_z.stddev.mean().item()
-    latent = torch.cat([q_z.mean, q_z.variance], dim=-1).cpu().numpy()
-    return metrics, dict(params=tasks.params, cluster=tasks.cluster, trace=np.stack(traces), latent=latent)
-
-
-def summary(metrics: dict[str, float]) -> str:
-    returns = [v for k, v in metrics.items() if k.startswith("eval/return_episode_") and "cluster" not in k]
-    return " · ".join(f"return {k} {value:.1f}" for k, value in enumerate(returns, start=1))
-
-
-# == Run folder and checkpoint =========================================================================================
-
-SCRIPT = Path(__file__).stem
-
-
-# Copied from algos/milet.py
-def fail(message: str):
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
-
-
-# Copied from algos/milet.py
-class Run:
-    """The run folder, Weights & Biases, and the terminal."""
-
-    def __init__(self, path: Path, args: Args, iteration: int, iterations: int):
-        self.path, self.last_line = path, time.time()
-        if not args.resume:
-            if path.exists():
-                fail(f"{path} exists already")
-            path.mkdir(parents=True)
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(replace(args, resume=None)), indent=2))
-        os.replace(path / "args.tmp", path / "args.json")
-        for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
-            header, *rows = file.read_text().splitlines() or [""]
-            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]
-            file.with_suffix(".tmp").write_text("".join(f"{row}\n" for row in [header, *rows] if rows))
-            os.replace(file.with_suffix(".tmp"), file)
-        self.tensorboard, self.wandb = SummaryWriter(str(path), purge_step=iteration + 1), None
-        if args.track:
-            import wandb
-
-            options = dict(project="clean-meta-rl", name=path.name, id=path.name, dir=path, resume="allow")
-            self.wandb = wandb.init(**options, config=asdict(args))
-        self.bar = tqdm(total=iterations, initial=iteration, unit="it", disable=not sys.stderr.isatty())
-
-    def log(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
-        """A row of NAME.csv, TensorBoard, Weights & Biases."""
-        with (self.path / f"{name}.csv").open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(["iteration", *metrics])
-            writer.writerow([iteration, *(v if isinstance(v, int) else f"{v:.6g}" for v in metrics.values())])
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, iteration)
-        if self.wandb:
-            self.wandb.log({"iteration": iteration} | metrics)
-
-    def say(self, line: str) -> None:
-        self.last_line = time.time()
-        tqdm.write(line)
-        sys.stdout.flush()
-
-    def progress(self, metrics: dict[str, float]) -> None:
-        """The bar; without a terminal, a line a minute."""
-        returns = [f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return_") and "cluster" not in k]
-        line = f"{metrics['charts/sps']:,.0f} frames/s · training returns {', '.join(returns)}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.time() - self.last_line > 60:
-            self.say(f"frames {metrics['charts/frames']:,} · {line}")
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-# Copied from algos/milet.py
-def load_checkpoint(folder: str, args: Args, parts: dict) -> dict:
-    """Load the state of the parts; returns all of the checkpoint."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        fail(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # weights only: it cannot run code
-        owner = state["script"], state["env"]
-        for name, part in parts.items() if owner == (SCRIPT, args.env) else ():
-            part.load_state_dict(state[name])
-    except Exception as error:
-        fail(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
-    if owner != (SCRIPT, args.env):
-        fail(f"{path} belongs to {owner[0]}.py on {owner[1]}, not to {SCRIPT}.py on {args.env}")
-    return state
-
-
-# Copied from algos/milet.py
-def check_finite(agent: nn.Module, metrics: dict[str, float]) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    bad += [name for name, p in agent.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} is not finite")
+    arrays = dict(
+        params=tasks.params,
+        cluster=tasks.cluster,
+        trace=np.stack([e.obs[:, :, :2].transpose(0, 1).numpy() for e in episodes]),  # [episode, H+1, task, 2]
+        action=np.stack([e.action.transpose(0, 1).numpy() for e in episodes]),  # [episode, H, task, action_dim]
+        seed=np.array(seeds),  # [episode]
+        embedding=q_z.mean.cpu().numpy(),  # [task, latent_dim]
+    )
+    return metrics, arrays
 
 
 # == Training ==========================================================================================================
@@ -551,194 +594,223 @@ def different(tasks: envs.Tasks, n: int) -> envs.Tasks:
     return tasks[np.sort(first)[:n]]
 
 
-def train(args: Args) -> None:
-    args = replace(args, num_threads=args.num_threads or torch.get_num_threads())
-    torch.set_num_threads(args.num_threads)
-    torch.manual_seed(args.seed)
-    rng = torch.Generator().manual_seed(args.seed)
-    make_env = cache(lambda n: gym.make_vec(args.env, num_envs=n, num_threads=args.num_threads, horizon=args.horizon))
-    env = make_env(1)
-    test_tasks = env.unwrapped.task_set("test")
-    train_tasks = different(env.unwrapped.task_set("train"), args.train_tasks)
-    obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
-    steps = (args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)
-    initial, prior, post, extra = (math.ceil(n / args.horizon) for n in steps)  # episodes (D2)
+def train(args: Args, run: "Run") -> None:
+    """Algorithm 1."""
+    env = run.make_env(1).unwrapped
+    test_tasks, tasks = env.task_set("test"), different(env.task_set("train"), args.train_tasks)
+    learner = make_learner(cache(run.make_env), tasks, args)
+    state = dict(agent=learner.agent, storage=learner.storage, rl=learner.rl, context=learner.context)
+    state |= {f"adam_{name}": optimizer for name, optimizer in learner.optimizers.items()}
+    score = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, learner.agent, args)
+    for iteration in run.loop(args.iterations, state, score):
+        with run.timer("sample"):
+            if iteration == 1:  # l. 1
+                every = torch.arange(len(tasks))
+                collect(learner, every, learner.context, args.initial_steps, False, True, run.rng)
+            returns = collect_iteration(learner, run.rng)  # l. 2
+        run.frames = learner.frames
+        with run.timer("sac"):
+            losses = train_iteration(learner, run.rng)  # l. 3
+        run.log(returns | losses)
 
-    agent = make_agent(obs_dim, action_dim, args)
-    optimizers = make_optimizers(agent, args)
-    episodes = len(train_tasks) * initial + args.iterations * args.visits * (prior + post + extra)
-    capacity = (args.horizon + 1) * episodes
-    buffer = Buffer(len(train_tasks), capacity, obs_dim, action_dim)
-    stateful, done, frames = {"agent": agent, "buffer": buffer, **optimizers}, 0, 0
-    if args.evaluate:
-        load_checkpoint(args.evaluate, args, {"agent": agent})
-        metrics, traces = evaluate(make_env(len(test_tasks)), test_tasks, agent, args)
-        np.savez_compressed(Path(args.evaluate) / "eval.npz", **traces)
-        print(*(f"{name} {value:.2f}" for name, value in metrics.items()), sep="\n")
-        print(summary(metrics), f"figures: python results/plot.py {args.evaluate}", sep="\n")
-        return
-    if args.resume:
-        state = load_checkpoint(args.resume, args, stateful)
-        done, frames = state["iteration"], state["frames"]
-        rng.set_state(state["rng"].clone())
 
-    name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Run(Path(args.resume or Path(args.run_dir) / name), args, done, args.iterations)
-    run.say(f"{SCRIPT}.py · {args.env} · seed {args.seed} · {args.device}, {args.num_threads} threads")
-    size = f"{len(train_tasks)} training tasks, {args.iterations:,} iterations of {args.gradient_steps:,} updates"
-    run.say(f"{size} -> {run.path}")
-    stop = []  # the signals received: finish the iteration, save, leave
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda received, _: stop.append(received))
+# == The same in every script ==========================================================================================
+# The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
+SCRIPT = Path(__file__).stem
+MAY_CHANGE = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # on --resume
 
-    def evaluate_and_log(iteration: int) -> None:
-        metrics, traces = evaluate(make_env(len(test_tasks)), test_tasks, agent, args)
-        run.log("eval", iteration, {"charts/frames": frames} | metrics)
-        np.savez_compressed(run.path / "eval.npz", **traces)
-        run.say(f"iteration {iteration} · frames {frames:,} · {summary(metrics)}")
 
-    def save(iteration: int) -> None:
-        state = {name: part.state_dict() for name, part in stateful.items()}
-        state |= dict(script=SCRIPT, env=args.env, iteration=iteration, frames=frames, rng=rng.get_state())
-        torch.save(state, run.path / "checkpoint.tmp")  # aside, then renamed: a kill leaves the last one whole
-        os.replace(run.path / "checkpoint.tmp", run.path / "checkpoint.pt")
+def fail(message: object, when: bool = True) -> None:
+    """End the program with one line on the standard error, and code 1."""
+    if when:
+        raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
 
-    def prior_z(tasks: Tensor, episodes: int) -> Tensor:
-        return torch.randn(len(tasks), episodes, args.latent_dim, generator=rng)
 
-    def posterior_z(tasks: Tensor, episodes: int) -> Tensor:
-        z = draw_posterior(agent, buffer, tasks.repeat_interleave(episodes), rng, args)
-        return z.view(len(tasks), episodes, args.latent_dim)
-
-    def visit(tasks: Tensor, z: Tensor, to_context: bool, clear: bool = False) -> float:
-        nonlocal frames
-        episodes = collect(make_env, agent, buffer, train_tasks, tasks, z, rng, to_context, clear)
-        frames += int(episodes.alive.sum())
-        return episodes.reward.sum(1).mean().item()
-
-    iteration = done
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever exception the block raises becomes one line, which begins with what is to blame."""
     try:
-        if not args.resume:
-            every = torch.arange(len(train_tasks))
-            visit(every, prior_z(every, initial), to_context=True)
-            save(0)
-        if done == 0:
-            evaluate_and_log(0)
-        for iteration in range(done + 1, args.iterations + 1):
-            # Alg. 1, data: visit some tasks. A first episode has its z from the prior in every block.
-            begin, before = time.time(), frames
-            tasks = torch.randint(len(train_tasks), (args.visits,), generator=rng)
-            returns = {"train/return_prior": visit(tasks, prior_z(tasks, prior), to_context=True, clear=True)}
-            for k in range(post):
-                z = posterior_z(tasks, 1) if k > 0 else prior_z(tasks, 1)
-                returns["train/return_posterior"] = visit(tasks, z, to_context=True)
-            if extra:
-                z = torch.cat([prior_z(tasks, 1), posterior_z(tasks, extra)[:, 1:]], dim=1)
-                returns["train/return_extra"] = visit(tasks, z, to_context=False)
-            sampling = time.time() - begin
-
-            # Alg. 1, training: on all tasks
-            updates = tqdm(range(args.gradient_steps), "gradient steps", leave=False, disable=run.bar.disable)
-            terms = [gradient_step(agent, optimizers, buffer, rng, args) for _ in updates]
-            seconds = time.time() - begin
-
-            metrics = {"charts/frames": frames} | returns
-            metrics |= {f"sac/{k}": torch.stack([t[k] for t in terms]).mean().item() for k in terms[0]}
-            metrics |= {"time/sample": sampling, "time/update": seconds - sampling}
-            metrics["charts/sps"] = (frames - before) / seconds
-            check_finite(agent, metrics)
-            run.log("metrics", iteration, metrics)
-            run.progress(metrics)
-
-            last = iteration == args.iterations
-            if iteration % args.eval_every == 0 or last:
-                evaluate_and_log(iteration)
-            if iteration % args.save_every == 0 or last or stop:
-                save(iteration)
-            if stop:
-                run.close()
-                print(f"stopped by signal {stop[0]}; continue with --resume {run.path}")
-                raise SystemExit(128 + stop[0])
-    except FloatingPointError as error:
-        fail(f"iteration {iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
-    run.close()
-    print(f"{run.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt")
-    print(f"figures: python results/plot.py {run.path}")
+        yield
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {error}")
 
 
-# == Command line ======================================================================================================
+class Run:
+    """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
+
+    def __init__(self, args: Args):
+        name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
+        self.args, self.iteration, self.bar, self.stopped = args, 0, None, 0
+        self.frames, self.owner = 0, f"{SCRIPT}.py on {args.env}"  # the algorithm counts its environment steps
+        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
+        torch.manual_seed(args.seed)
+        self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
+        self.make_env = partial(gym.make_vec, args.env, num_threads=torch.get_num_threads(), horizon=args.horizon)
+
+    def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
+        """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
+        self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
+        if self.args.evaluate:
+            self.load("agent.pt", {"agent": state["agent"]})
+            print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), sep="\n")
+            return print(f"figures: python results/plot.py {self.path}")
+        if self.args.resume:
+            self.load("checkpoint.pt", state)
+        self.open(iterations)
+        if self.iteration == 0:
+            self.save()
+            self.evaluation()
+        while self.iteration < iterations:
+            self.iteration += 1
+            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+            yield self.iteration
+            self.bar.update()
+            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
+                self.evaluation()
+            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                self.save()
+            if self.stopped:
+                tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                raise SystemExit(128 + self.stopped)
+        self.bar.close()
+        print(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt")
+        print(f"figures: python results/plot.py {self.path}")
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to this iteration's column time/name."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] += time.perf_counter() - began
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A row of metrics.csv, with times; and what the progress bar shows."""
+        for name, value in [*metrics.items(), *self.state["agent"].named_parameters()]:
+            if not torch.as_tensor(value).isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+        seconds = time.perf_counter() - self.began
+        speed = (self.frames - self.frames_before) / seconds
+        times = self.seconds | {"time/update": seconds - self.seconds["time/sample"], "charts/sps": speed}
+        self.write("metrics", metrics | times)
+        returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
+        self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
+
+    def evaluation(self) -> dict[str, float]:
+        metrics, arrays = self.evaluate()
+        np.savez_compressed(self.path / "eval.npz", **arrays)
+        if not self.args.evaluate:
+            self.write("eval", metrics)
+            pooled = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if "_cluster_" not in k]
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {' · '.join(pooled)}")
+        return metrics
+
+    def write(self, name: str, metrics: dict[str, float]) -> None:
+        """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
+        row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
+        fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
+        with (self.path / f"{name}.csv").open("a") as file:
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
+            file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+        for key, value in metrics.items():
+            self.tensorboard.add_scalar(key, value, self.frames)
+
+    def open(self, iterations: int) -> None:
+        """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume))
+        stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
+        (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
+        os.replace(self.path / "saving.json", self.path / "args.json")
+        for file in self.path.glob("*.csv"):
+            os.truncate(file, self.sizes.get(file.name, 0))
+        if self.args.track:
+            import wandb
+            whose = dict(project="clean-meta-rl", name=self.path.name, id=self.path.name, dir=self.path, config=stored)
+            with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
+                wandb.init(**whose, resume="allow", sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
+        where = f"seed {self.args.seed}, {self.args.device}, {torch.get_num_threads()} threads -> {self.path}"
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, {where}")
+        self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
+
+    def save(self) -> None:
+        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
+        parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
+        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
+            content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
+            torch.save(content, self.path / "saving.pt")
+            os.replace(self.path / "saving.pt", self.path / name)
+
+    def load(self, name: str, parts: dict) -> None:
+        """Into the parts, which are on their device already; weights_only: a checkpoint runs no code."""
+        with blame(f"{self.path / name} is missing, damaged, or of other arguments"):
+            saved = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
+            fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            self.iteration, self.frames = saved["iteration"], saved["frames"]
+            if self.args.resume:
+                self.columns, self.sizes, rng, torch_rng = saved["run"]
+                self.rng.set_state(rng.clone())
+                torch.set_rng_state(torch_rng.clone())
+
+    def on_signal(self, signum: int, _) -> None:
+        """The first signal in training lets the iteration finish and be saved; any other ends the program at once."""
+        if self.stopped or not self.bar:
+            raise SystemExit(128 + signum)
+        self.stopped = signum
 
 
-# Copied from algos/milet.py
-def load_args(folder: str) -> Args:
-    """The args.json of a run folder of this script."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        fail(f"{folder} is not a run folder: it has no args.json")
-    try:
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-        script = stored.pop("script")
-        args = Args(**stored) if script == SCRIPT else None
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} is damaged, or of another version")
-    return args or fail(f"{folder} is a run of {script}.py")
-
-
-# Copied from algos/milet.py
-def env_class(env: str) -> type[envs.TaskVectorEnv]:
-    """The class of an environment id; of module:id after importing the module."""
-    *module, env_id = env.split(":")
-    try:
+def parse_args(argv: list[str]) -> Args:
+    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
+    fail("--total-timesteps is --frames or --iterations here", when="--total-timesteps" in argv)
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
+    preset = given.preset or ("fast" if given.env in FAST else "paper")
+    fail(f"{given.env} has no fast preset", when=preset == "fast" and given.env not in FAST)
+    values = (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **values)
+    if folder := given.resume or given.evaluate:
+        with blame(f"{folder} is not a run folder, or its args.json is damaged"):
+            stored = json.loads((Path(folder) / "args.json").read_text())
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
+            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != asdict(default).keys())
+            default = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
+    args = tyro.cli(Args, args=argv, default=default, description=about)
+    fixed = ("env", "preset") if args.evaluate else asdict(args).keys() - MAY_CHANGE if args.resume else ()
+    for name, value in asdict(args).items():
+        flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(default, name))
+        for n in value if isinstance(value, tuple) else (value,):
+            fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
+            fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
+    *module, env_id = args.env.split(":")
+    with blame(f"--env {args.env}"):
         for name in module:
             importlib.import_module(name)
-    except ImportError as error:
-        fail(f"--env {env}: {error}")
-    if env_id not in envs.ENVIRONMENTS:
-        near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
-        fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?")
-    return envs.ENVIRONMENTS[env_id]
-
-
-# Copied from algos/milet.py
-def check_numbers(args: Args, may_be_0: tuple[str, ...]) -> None:
-    """Integers are at least 1, or 0; floats are finite."""
-    for name, value in asdict(args).items():
-        for v in value if isinstance(value, tuple) else [value]:
-            flag, least = f"--{name.replace('_', '-')}", int(name not in may_be_0)
-            if type(v) is int and not least <= v < 2**62:
-                fail(f"{flag} must be at least {least}" if v < least else f"{flag} is too large")
-            if type(v) is float and not math.isfinite(v):
-                fail(f"{flag} must be finite")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--env", "--resume", "--evaluate"):
-        first.add_argument(flag)
-    known, _ = first.parse_known_args(argv)
-    if known.resume and known.evaluate:
-        fail("--resume and --evaluate contradict each other")
-    env, folder = known.env or Args.env, known.resume or known.evaluate
-    default = load_args(folder) if folder else Args(**{"env": env} | PRESETS.get(env, {}))
-    args = tyro.cli(Args, default=default, args=argv, description=__doc__.split("\n")[0])
-    free = ("resume", "evaluate", "device", "num_threads", "track", "run_dir")
-    free += ("eval_episodes", "eval_prior_episodes") if args.evaluate else ("iterations",)
-    changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
-    if folder and changed:
-        fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
-    env_class(args.env)
-    check_numbers(args, may_be_0=("seed", "num_threads", "posterior_steps", "extra_steps"))
-    if min(args.reward_scale, args.lr) <= 0 or args.kl_weight < 0:
-        fail("--reward-scale and --lr must be positive, --kl-weight at least 0")
-    if not (0 <= args.gamma <= 1 and 0 < args.tau <= 1):
-        fail("--gamma must be in [0, 1], --tau in (0, 1]")
-    if args.eval_prior_episodes > args.eval_episodes:
-        fail("--eval-prior-episodes must be at most --eval-episodes")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but PyTorch finds no GPU")
+    near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
+    fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?", when=env_id not in envs.ENVIRONMENTS)
+    for message, holds in check(args, envs.ENVIRONMENTS[env_id]).items():
+        fail(message, when=not holds)
+    fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 
 
-if __name__ == "__main__":
-    train(parse_args())
+if __name__ == "__main__":  # faults of the user or of the machine become one line; those of the program, a traceback
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        run = Run(args := parse_args(sys.argv[1:]))
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, run.on_signal)
+        train(args, run)
+    except FloatingPointError as error:
+        fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|[Ss]torage|writ|iostream", str(error)):
+            raise
+        fail(str(error) or type(error).__name__)

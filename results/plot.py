@@ -1,15 +1,17 @@
 """Every figure of every script.
 
     python results/plot.py RUN                the figures of one run, into RUN/figures/
-    python results/plot.py RUN RUN ... --out FOLDER   learning curves of several runs on one figure; runs that
-                                              differ in nothing but the seed: mean and 95 % bootstrap interval
+    python results/plot.py RUN RUN ... --out FOLDER   learning curves of several runs on one figure; runs that differ
+                                              in nothing but the seed are one method: its mean (bold), and below five
+                                              seeds each of them (thin), else the 95 % bootstrap interval of the mean
 
 A run is a folder with args.json and eval.csv. Figures of a single run also read eval.npz, and leave out what a run
 does not have (no clusters, no goals, no beliefs).
 """
 
-import csv
+import itertools
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import reduce
@@ -24,15 +26,37 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import normalized_mutual_info_score
 
-import envs  # noqa: F401  (registers the environments)
+import envs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
 
 NOT_THE_METHOD = {"script", "seed", "run_dir", "resume", "evaluate", "device", "num_threads", "track", "save_every"}
 NOT_THE_METHOD |= {"eval_every", "eval_steps"}
+RETURN = re.compile(r"eval/return_(episode|step)_(\d+)(_cluster_\d+)?")
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
+COLOURS = {  # a method has one colour in all figures
+    "milet": "C0", "rl2": "C1", "varibad": "C2", "pearl": "C3", "maml": "C4", "promp": "C5", "cml": "C6", "rmaml": "C8",
+    "fcml": "C9", "hom": "navy", "mmaml": "teal", "sop": "goldenrod", "metacure": "darkred",
+}  # fmt: skip
+OTHER_COLOURS = "black", "deeppink", "lime", "sienna"  # of scripts that are not in the list
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+
+# What eval.npz may hold. Sizes of one name agree; a gradient-based method has gradient steps in place of episodes.
+SHAPES = {
+    "params": ("task", "parameter"),
+    "cluster": ("task",),
+    "trace": ("episode", "state", "task", 2),
+    "returns": ("episode", "task", "rollout"),
+    "cluster_belief": ("episode", "state", "task", "inferred cluster"),
+    "belief_mean": ("episode", "state", "task", "latent"),
+    "belief_std": ("episode", "state", "task", "latent"),
+    "embedding": ("task", "dimension"),
+    "reward_weights": (2, "step"),
+    "action": ("episode", "step", "task", "action"),
+}
+NO_SHAPE = "alpha", "seed"  # a number, or several
 
 
 @dataclass
@@ -43,114 +67,277 @@ class Options:
     """where the figures go; default: figures/ in the first run"""
 
 
+class Unusable(Exception):
+    """What is wrong with the input; it becomes the one line of an error."""
+
+
+# == Reading ===========================================================================================================
+
+
+def read_args(run: Path) -> dict:
+    """args.json, checked where it is used here."""
+    path = run / "args.json"
+    for name in ("args.json", "eval.csv"):
+        if not (run / name).is_file():
+            raise Unusable(f"{run} is not a run folder: it has no {name}")
+    try:
+        args = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{path} is damaged: {error}") from None
+    if not isinstance(args, dict):
+        raise Unusable(f"{path} holds a {type(args).__name__}, not the arguments of a run")
+    for name in ("script", "env"):
+        if not isinstance(args.get(name), str) or not args[name]:
+            raise Unusable(f"{path}: {name} must be a name, not {json.dumps(args.get(name))}")
+    for name in ("horizon", "eval_prior_episodes"):  # not in every run; without a horizon it is the environment's
+        if args.get(name) is None:
+            args.pop(name, None)
+        elif type(args[name]) is not int or args[name] < 1:
+            raise Unusable(f"{path}: {name} must be a positive integer, not {json.dumps(args[name])}")
+    return args
+
+
+def make_env(args: dict, **kwargs) -> envs.TaskVectorEnv:
+    try:
+        env = gym.make_vec(args["env"], **kwargs).unwrapped
+    except Exception as error:  # "module:id" may import anything
+        raise Unusable(f"environment {args['env']!r} cannot be made: {error}") from None
+    if not isinstance(env, envs.TaskVectorEnv):
+        raise Unusable(f"environment {args['env']!r} has no tasks")
+    return env
+
+
 def read_csv(path: Path) -> dict[str, np.ndarray]:
-    """Columns by name, [rows] each."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
+    """eval.csv: columns by name, [rows] each.
+
+    The last row of a run that was killed, or still writes, may be cut, or followed by rubbish: it is left out.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    if not lines:
+        raise Unusable(f"{path} has no rows" if not rest.strip(b"\0") else f"{path} has no whole line")
+    names, *lines = (line.decode(errors="replace").strip("\r").split(",") for line in lines)
+    if not {"iteration", "charts/frames"} <= set(names) or not any(map(RETURN.fullmatch, names)):
+        raise Unusable(f"{path} lacks the columns iteration, charts/frames or eval/return_...")
+    if len(set(names)) < len(names):
+        raise Unusable(f"{path} has two columns of one name")
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            rows.append([float(cell) for cell in line])
+            if len(line) != len(names):
+                raise ValueError
+        except ValueError:
+            if number == len(lines) + 1:
+                rows = rows[: number - 2]
+                break
+            raise Unusable(f"{path} is damaged in line {number}") from None
+    if not rows:
+        raise Unusable(f"{path} has no rows")
+    table = dict(zip(names, np.array(rows).T))
+    for name, column in table.items():
+        if (name in ("iteration", "charts/frames") or RETURN.fullmatch(name)) and not np.isfinite(column).all():
+            raise Unusable(f"{path}: {name} is not finite")
+    if (np.diff(table["iteration"]) <= 0).any() or (np.diff(table["charts/frames"]) < 0).any():
+        raise Unusable(f"{path}: iterations and frames do not increase")
+    return table
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean over the first axis, [seed, n] -> [n], [n]; with one seed, the value."""
-    if len(values) == 1:
-        return values[0], values[0]
-    result = bootstrap((values,), np.mean, axis=0, method="percentile", rng=np.random.default_rng(0))
-    return result.confidence_interval.low, result.confidence_interval.high
+def read_arrays(path: Path, env: envs.TaskVectorEnv) -> dict[str, np.ndarray]:
+    """Of eval.npz what SHAPES and NO_SHAPE name."""
+    try:
+        file = np.load(path)
+        data = {name: file[name] for name in (*SHAPES, *NO_SHAPE) if name in file.files}
+    except Exception as error:  # a damaged zip file fails in many ways
+        raise Unusable(f"{path} is damaged ({type(error).__name__})") from None
+    needed = {"params", "cluster", "trace"} | ({"belief_std"} if "belief_mean" in data else set())
+    if missing := sorted(needed - data.keys()):
+        raise Unusable(f"{path} has no {', '.join(missing)}")
+    sizes = {"parameter": env.task_dim, "action": env.action_dim}
+    for name, array in data.items():
+        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
+            raise Unusable(f"{path}: {name} is not made of finite numbers")
+        shape = SHAPES.get(name, array.shape)
+        expected = [sizes.setdefault(size, n) if isinstance(size, str) else size for size, n in zip(shape, array.shape)]
+        if len(shape) != array.ndim or list(array.shape) != expected or 0 in expected:
+            raise Unusable(f"{path}: {name} has shape {list(array.shape)}, not [{', '.join(map(str, shape))}]")
+    if not np.isin(data["cluster"], range(env.num_clusters)).all():
+        raise Unusable(f"{path}: cluster holds other numbers than 0 to {env.num_clusters - 1}")
+    return data | {"cluster": data["cluster"].astype(int)}
 
 
-def scripted_return(env_id: str, horizon: int | None, action: str) -> np.ndarray | None:
+# == Learning curves ===================================================================================================
+
+
+@dataclass
+class Method:
+    """Runs that differ in nothing but the seed."""
+
+    label: str
+    args: dict
+    colour: tuple
+    tables: list[dict[str, np.ndarray]]  # eval.csv of every seed
+
+    def returns(self) -> list[str]:
+        """The pooled returns that all seeds have, in the order of adaptation."""
+        names = [k for k in self.tables[0] if (match := RETURN.fullmatch(k)) and not match[3]]
+        names = [k for k in names if all(k in table for table in self.tables)]
+        return sorted(names, key=lambda k: int(RETURN.fullmatch(k)[2]))
+
+
+def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:
+    """Methods of one script have shades of its colour."""
+    groups = defaultdict(list)
+    for args, table in zip(settings, tables):
+        same_script = [other for other in settings if other["script"] == args["script"]]
+        shared = [k for k in args if k not in NOT_THE_METHOD and all(k in other for other in same_script)]
+        differs = [f"{k}={args[k]}" for k in shared if any(args[k] != other[k] for other in same_script)]
+        groups[" ".join([args["script"], *differs])].append((args, table))
+    others = sorted({args["script"] for args in settings} - COLOURS.keys())
+    colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
+    result, shade = [], defaultdict(itertools.count)
+    for label, runs in groups.items():
+        args = runs[0][0]
+        colour, n = np.array(to_rgb(colours[args["script"]])), next(shade[args["script"]])
+        colour = colour if n == 0 else colour * 0.7**n if n % 2 else 1 - (1 - colour) * 0.7**n  # darker, lighter, ...
+        label = f"{label} ({len(runs)} seed{'s'[: len(runs) > 1]})".replace("$", r"\$")
+        result.append(Method(label, args, tuple(colour), [table for _, table in runs]))
+    return result
+
+
+def panels(compared: list[Method]) -> dict[str, list[str]]:
+    """By title, the column of every method that a panel shows.
+
+    Methods that differ in the number of episodes (or gradient steps) have only the first and the last in common: the
+    first knows nothing of the task, the last is what adaptation makes of it.
+    """
+    columns = [method.returns() for method in compared]
+    if all(names == columns[0] for names in columns):
+        return {name.removeprefix("eval/return_").replace("_", " "): [name] * len(compared) for name in columns[0]}
+    first, last = ([names[i] for names in columns] for i in (0, -1))
+    return {"first: in an unknown task": first, "last: adapted to it": last}
+
+
+def scripted_return(args: dict, action: str) -> np.ndarray | None:
     """Returns in the test tasks [task], mean of three seeds: zero actions ("still"), or who knows them ("oracle")."""
-    tasks = gym.make_vec(env_id).unwrapped.task_set("test")
-    env = gym.make_vec(env_id, num_envs=len(tasks), horizon=horizon)
-    if action == "oracle" and not hasattr(env.unwrapped, "oracle_action"):
+    tasks = make_env(args).task_set("test")
+    env = make_env(args, num_envs=len(tasks), horizon=args.get("horizon"))
+    if action == "oracle" and not hasattr(env, "oracle_action"):
         return None
     total = np.zeros(len(tasks))
     for seed in range(3):
         env.reset(seed=seed, options={"tasks": tasks})
-        for _ in range(env.unwrapped.horizon):
-            move = env.unwrapped.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
+        for _ in range(env.horizon):
+            move = env.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
             total += env.step(move)[1] / 3
     return total
 
 
-def learning_curves(runs: list[Path], out: Path) -> None:
-    """Held-out return of every episode (or gradient step) over environment frames, with scripted anchors.
+def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[dict], out: Path) -> None:
+    """Held-out returns over environment frames, with scripted anchors.
 
     Pooled into learning_curve.png; of every true cluster, where there are several, into learning_curve_clusters.png.
     """
-    groups = defaultdict(list)
-    settings = [json.loads((run / "args.json").read_text()) for run in runs]
-    if len(environments := {args["env"] for args in settings}) > 1:
-        raise SystemExit(f"plot.py: error: runs of different environments: {', '.join(sorted(environments))}")
-    (env,) = environments
-    for run, args in zip(runs, settings):
-        same_script = [other for other in settings if other["script"] == args["script"]]
-        shared = [k for k in args if k not in NOT_THE_METHOD and all(k in other for other in same_script)]
-        differs = [f"{k}={args[k]}" for k in shared if any(args[k] != other[k] for other in same_script)]
-        groups[" ".join([args["script"], *differs])].append(read_csv(run / "eval.csv"))
-    anchors = {action: scripted_return(env, settings[0].get("horizon"), action) for action in ("oracle", "still")}
-    every = dict.fromkeys(k for tables in groups.values() for k in tables[0])
-    columns = [k for k in every if k.startswith("eval/return_")]
-    pooled = [k for k in columns if "cluster" not in k]
-    cluster = gym.make_vec(env).unwrapped.task_set("test").cluster
-    draw_curves(groups, {k: (slice(None), anchors) for k in pooled}, env, 1, out / "learning_curve.png")
-    by_cluster = {k: (cluster == int(k.split("_cluster_")[1]), anchors) for k in columns if k not in pooled}
-    if by_cluster:
-        rows = len(by_cluster) // len(pooled)
-        ordered = dict(sorted(by_cluster.items(), key=lambda item: item[0].split("_cluster_")[::-1]))
-        draw_curves(groups, ordered, env, rows, out / "learning_curve_clusters.png")
+    horizons = {args.get("horizon", env.horizon) for args in settings}
+    for what, values in (("environments", {args["env"] for args in settings}), ("horizons", horizons)):
+        if len(values) > 1:
+            raise Unusable(f"runs of different {what} on one figure: {', '.join(map(str, sorted(values)))}")
+    compared = methods(settings, tables)
+    shown = panels(compared)
+    anchors = {action: scripted_return(settings[0], action) for action in ("oracle", "still")}
+    anchors = {action: returns for action, returns in anchors.items() if returns is not None}
+    figure = draw_curves(compared, [shown], [{k: returns.mean() for k, returns in anchors.items()}])
+    figure.suptitle(settings[0]["env"])
+    save(figure, out / "learning_curve.png")
+
+    cluster = env.task_set("test").cluster
+    suffixes = {m: f"_cluster_{m}" for m in np.unique(cluster)}
+    suffixes = {m: s for m, s in suffixes.items() if any(k.endswith(s) for table in tables for k in table)}
+    if suffixes:
+        rows = [{f"{k}, cluster {m}": [c + s for c in shown[k]] for k in shown} for m, s in suffixes.items()]
+        levels = [{k: returns[cluster == m].mean() for k, returns in anchors.items()} for m in suffixes]
+        figure = draw_curves(compared, rows, levels)
+        figure.suptitle(settings[0]["env"])
+        save(figure, out / "learning_curve_clusters.png")
 
 
-def draw_curves(groups: dict[str, list], panels: dict[str, tuple], env: str, rows: int, path: Path) -> None:
-    """A panel a column of eval.csv; with it the test tasks that the column is of, and the anchors of all tasks."""
-    columns = len(panels) // rows
-    size = 4.2 * columns, 2.6 * rows + 0.6
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey="row", squeeze=False)
-    seen = [[] for _ in axes]  # returns that must be in the picture of a row
-    for i, (axis, (column, (tasks, anchors))) in enumerate(zip(axes.flat, panels.items())):
-        levels = {action: level[tasks].mean() for action, level in anchors.items() if level is not None}
-        seen[i // columns] += levels.values()
-        for n, (label, tables) in enumerate(groups.items()):
-            if column not in tables[0]:
-                continue
-            common = reduce(np.intersect1d, [t["iteration"] for t in tables])
-            kept = [np.isin(t["iteration"], common) for t in tables]
-            frames = np.mean([t["charts/frames"][rows] for t, rows in zip(tables, kept)], axis=0)
-            values = np.stack([t[column][rows] for t, rows in zip(tables, kept)])
-            label = f"{label} ({len(tables)} seed{'s'[: len(tables) > 1]})"
-            axis.plot(frames, values.mean(0), color=f"C{n}", label=label)
-            axis.fill_between(frames, *interval(values), alpha=0.25, color=f"C{n}", linewidth=0)
-            seen[i // columns] += [values[:, len(frames) // 4 :].min(), values.max()]  # untrained agents may fall out
-        for action, level in levels.items():
-            name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
-            axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
-        axis.set_title(column.removeprefix("eval/return_").replace("_", " "))
+def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchors: list[dict]) -> plt.Figure:
+    """The panels of every row, with the anchors of that row, by name."""
+    size = 4.2 * len(rows[0]), 2.6 * len(rows) + 0.6
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, sharex=True, sharey="row", squeeze=False)
+    budgets = [table["charts/frames"][-1] for method in compared for table in method.tables]
+    for row, row_axes, levels in zip(rows, axes, anchors):
+        seen = [*levels.values()]  # returns that must be in the picture
+        for axis, (title, columns) in zip(row_axes, row.items()):
+            for method, column in zip(compared, columns):
+                seen += draw_method(axis, method, column, aligned=len(set(columns)) > 1)
+            for action, level in levels.items():
+                name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
+                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
+            axis.set_title(title)
+        margin = 0.05 * (max(seen) - min(seen)) or 1
+        row_axes[0].set_ylim(min(seen) - margin, max(seen) + margin)
+        row_axes[0].set_ylabel("return on held-out tasks")
+        told = None
+        for axis in row_axes:
+            if told != (told := axis.get_legend_handles_labels()[1]):
+                axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("environment frames")
-    for row, values in zip(axes, seen):
-        margin = 0.05 * (max(values) - min(values))
-        row[0].set_ylim(min(values) - margin, max(values) + margin)
-        row[0].set_ylabel("return on held-out tasks")
-        most = max(row, key=lambda axis: len(axis.get_lines()))  # not every method has every episode
-        most.legend(fontsize=7)
-    figure.suptitle(env)
-    save(figure, path)
+    if max(budgets) >= 10 * min(budgets) > 0:
+        axes[0][0].set_xscale("log", nonpositive="mask")
+    return figure
+
+
+def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool) -> list[float]:
+    """Mean and seeds of a column; returns the values that must be in the picture."""
+    tables = [table for table in method.tables if column in table]
+    if not tables:
+        return []
+    common = reduce(np.intersect1d, [table["iteration"] for table in tables])
+    kept = [np.isin(table["iteration"], common) for table in tables]
+    frames = np.mean([table["charts/frames"][rows] for table, rows in zip(tables, kept)], axis=0)
+    values = np.stack([table[column][rows] for table, rows in zip(tables, kept)])  # [seed, n]
+    kind, k, _ = RETURN.fullmatch(column).groups()
+    label = f"{method.label}, {kind} {k}" if aligned else method.label
+    if kind == "episode" and "eval_prior_episodes" in method.args and int(k) <= method.args["eval_prior_episodes"]:
+        label += ", z of the prior"  # not adapted within the episode, as others are
+    if len(tables) >= 5:
+        result = bootstrap((values,), np.mean, axis=0, method="percentile", rng=np.random.default_rng(0))
+        axis.fill_between(frames, *result.confidence_interval, alpha=0.25, color=method.colour, linewidth=0)
+    elif len(tables) > 1:
+        for table in tables:
+            axis.plot(table["charts/frames"], table[column], color=method.colour, linewidth=0.6, alpha=0.6)
+    marker = "o" if len(frames) < 3 else None  # a point alone makes no line
+    axis.plot(frames, values.mean(0), color=method.colour, linewidth=1.8, marker=marker, markersize=3, label=label)
+    # an untrained agent may fall out of it
+    return [value for table in tables for value in table[column][len(table[column]) // 4 :]]
+
+
+# == Figures of one run ================================================================================================
 
 
 def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """Test goals (crosses) and traces, coloured by the cluster inferred after exploration, or else by the true one."""
-    inferred = "q" in data
-    guess = data["q"][0, -1].argmax(-1) if inferred else data["cluster"]
+    """Test goals (crosses) and traces, coloured by the cluster inferred after exploration, or else by the true one.
+
+    A dotted line joins a goal to its trace where that ends more than a quarter of the way off, after the first episode,
+    in which the goal is not known.
+    """
+    inferred = "cluster_belief" in data
+    guess = data["cluster_belief"][0, -1].argmax(-1) if inferred else data["cluster"]
     titles = [f"episode {k}" for k in range(1, len(data["trace"]) + 1)]
-    if "alpha" in data:
+    if "returns" in data:
         titles = [f"after {k} gradient step{'s'[k == 1 :]}" for k in range(len(data["trace"]))]
+    far = np.linalg.norm(data["params"], axis=1).mean() / 4
     figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True, squeeze=False)
-    for axis, trace, title in zip(axes[0], data["trace"], titles):
+    for k, (axis, trace, title) in enumerate(zip(axes[0], data["trace"], titles)):
+        strays = np.linalg.norm(trace[-1] - data["params"], axis=1) > far
         for i, goal in enumerate(data["params"]):
             colour = CLUSTER_COLOURS[guess[i] % 10]
             axis.plot(*trace[:, i].T, color=colour, linewidth=0.8, alpha=0.7)
             axis.plot(*goal, "x", color=colour, markersize=7, markeredgewidth=2)
-        axis.set(title=title, aspect="equal", xlabel="x")
+            if strays[i] and k > 0:
+                axis.plot(*np.stack([trace[-1, i], goal]).T, ":", color=colour, linewidth=0.8)
+        axis.set(title=f"{title}: {strays.sum()} of {len(strays)} end far off", aspect="equal", xlabel="x")
     axes[0][0].set_ylabel("y")
     clusters = f"inferred clusters, NMI {nmi(data['cluster'], guess):.2f}" if inferred else "true clusters"
     figure.suptitle(f"{env}: {len(np.unique(guess))} {clusters}")
@@ -165,30 +352,35 @@ def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> Non
         velocity, mean, sd = data["params"][order, 0], returns.mean(1)[order], returns.std(1)[order]
         (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=f"after {k} gradient step{'s'[k == 1 :]}")
         axis.fill_between(velocity, mean - sd, mean + sd, alpha=0.2, color=line.get_color(), linewidth=0)
-    axis.set(xlabel="target velocity (m/s)", ylabel="return", title=f"{env}, α = {data['alpha']}")
+    alpha = f", α = {data['alpha']:g}" if "alpha" in data and data["alpha"].ndim == 0 else ""
+    axis.set(xlabel="target velocity (m/s)", ylabel="return", title=f"{env}{alpha}")
     axis.legend(fontsize=8)
     save(figure, path)
 
 
-def belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.ndarray], path: Path) -> None:
     """NMI of the inferred clusters, and the posterior's entropy, over the steps of the exploration episode."""
-    q = data["q"][0]  # [H+1, task, C]
+    q = data["cluster_belief"][0]  # [H+1, task, C]
     entropy = -(q * np.log(q + 1e-8)).sum(-1)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     if data["cluster"].max() > 0:
-        tasks = gym.make_vec(env).unwrapped
-        ceiling = nmi(data["cluster"], tasks.nearest_cluster(data["params"]))
+        axes[0].plot([nmi(data["cluster"], step.argmax(-1)) for step in q], label="inferred clusters")
         rng = np.random.default_rng(0)
-        chance = np.mean([nmi(data["cluster"], rng.integers(q.shape[-1], size=q.shape[1])) for _ in range(1000)])
-        axes[0].plot([nmi(data["cluster"], step.argmax(-1)) for step in q])
-        axes[0].axhline(ceiling, color="0.4", linestyle="--", linewidth=1, label=f"knows the task: {ceiling:.2f}")
+        chance = np.mean([nmi(data["cluster"], rng.integers(q.shape[-1], size=q.shape[1])) for _ in range(200)])
         axes[0].axhline(chance, color="0.4", linestyle=":", linewidth=1, label=f"chance: {chance:.2f}")
+        if "eval/nmi_ceiling" in table:
+            ceiling = table["eval/nmi_ceiling"][-1]
+            axes[0].axhline(ceiling, color="0.4", linestyle="--", linewidth=1, label=f"knows the task: {ceiling:.2f}")
         axes[0].legend(fontsize=7)
     axes[0].set(xlabel="step of the exploration episode", ylabel="NMI", ylim=(-0.02, 1.05))
     axes[1].plot(entropy.mean(1))
     axes[1].fill_between(range(len(q)), *np.quantile(entropy, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
     axes[1].axhline(np.log(q.shape[-1]), color="0.4", linestyle=":", linewidth=1, label="uniform belief")
-    axes[1].set(xlabel="step of the exploration episode", ylabel="entropy of q(c) (nats)", ylim=(0, None))
+    axes[1].set(
+        xlabel="step of the exploration episode",
+        ylabel="entropy of q(c) (nats)",
+        ylim=(0, 1.1 * np.log(q.shape[-1]) + 0.01),
+    )
     axes[1].legend(fontsize=7)
     figure.suptitle(env)
     save(figure, path)
@@ -196,10 +388,9 @@ def belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
 
 def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """Over the steps of a trial: the standard deviation of q(z), and where its mean goes, a line a test task."""
-    first, second = data["latent"]  # [H+1, task, mean and log-variance of z]
-    mean, log_var = np.split(np.concatenate([first, second[1:]]), 2, axis=-1)
-    std = np.exp(0.5 * log_var).mean(-1)  # [H+ + 1, task]
-    direction = PCA(1).fit(mean[-1]).components_[0]
+    mean, std = (np.concatenate([x[0], *x[1:, 1:]]) for x in (data["belief_mean"], data["belief_std"]))  # [H+ + 1, ...]
+    std = std.mean(-1)  # [H+ + 1, task]
+    direction = PCA(1).fit(mean[-1]).components_[0] if mean.shape[1] > 1 else np.eye(mean.shape[2])[0]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     axes[0].plot(std.mean(1))
     axes[0].fill_between(range(len(std)), *np.quantile(std, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
@@ -208,28 +399,28 @@ def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
         axes[1].plot(line, color=CLUSTER_COLOURS[cluster % 10], linewidth=0.8)
     axes[1].set_ylabel("mean of q(z), first PC")
     for axis in axes:
-        axis.axvline(len(first) - 1, color="0.4", linestyle=":", linewidth=1)
+        axis.axvline(data["belief_mean"].shape[1] - 1, color="0.4", linestyle=":", linewidth=1)
         axis.set_xlabel("step of the trial")
     figure.suptitle(f"{env}: the belief; dotted: the second episode begins; colour: true cluster")
     save(figure, path)
 
 
 def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """PCA and t-SNE of the task embeddings (means of z) after the first episode (PEARL: after the last).
+    """PCA and t-SNE of what the method knows of each task after the first episode (PEARL: after the last).
 
     Colour inferred, shape true cluster. Where no clusters are inferred, the colour is the true cluster too.
     """
-    latent = data["latent"] if data["latent"].ndim == 2 else data["latent"][0, -1]  # mean of z, and how sure
-    mean = latent[:, : latent.shape[1] // 2]  # [task, latent_dim]
-    mean = np.pad(mean, ((0, 0), (0, max(0, 2 - mean.shape[1]))))  # a point in the plane needs two numbers
-    guess = data["q"][0, -1].argmax(-1) if "q" in data else data["cluster"]
-    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(mean) - 1), random_state=0)}
+    points = data["embedding"]  # [task, dim]
+    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
+    inferred = "cluster_belief" in data
+    guess = data["cluster_belief"][0, -1].argmax(-1) if inferred else data["cluster"]
+    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(points) - 1), random_state=0)}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
     for axis, (name, method) in zip(axes, maps.items()):
-        for (x, y), inferred, true in zip(method.fit_transform(mean), guess, data["cluster"]):
-            axis.plot(x, y, "os^Dv<>"[true % 7], color=CLUSTER_COLOURS[inferred % 10], markersize=6, alpha=0.8)
+        for (x, y), colour, true in zip(method.fit_transform(points), guess, data["cluster"]):
+            axis.plot(x, y, "os^Dv<>"[true % 7], color=CLUSTER_COLOURS[colour % 10], markersize=6, alpha=0.8)
         axis.set_title(f"{name} of the task embeddings")
-    figure.suptitle(f"{env}: " + ("colour inferred, shape true cluster" if "q" in data else "true clusters"))
+    figure.suptitle(f"{env}: " + ("colour inferred, shape true cluster" if inferred else "true clusters"))
     save(figure, path)
 
 
@@ -254,31 +445,38 @@ def save(figure: plt.Figure, path: Path) -> None:
     print(path)
 
 
-def main(options: Options) -> None:
-    for run in options.runs:
-        for name in ("args.json", "eval.csv"):
-            if not (run / name).exists():
-                raise SystemExit(f"plot.py: error: {run} is not a run folder: it has no {name}")
-    plt.rcParams.update(STYLE)
-    out = options.out or options.runs[0] / "figures"
+def draw(options: Options) -> None:
+    if not options.runs:
+        raise Unusable("no run folder given, see --help")
+    settings = [read_args(run) for run in options.runs]
+    tables = [read_csv(run / "eval.csv") for run in options.runs]
+    run, name, data = options.runs[0], settings[0]["env"], {}
+    env = make_env(settings[0])
+    if len(options.runs) == 1 and (run / "eval.npz").exists():
+        data = read_arrays(run / "eval.npz", env)
+    out = options.out or run / "figures"
     out.mkdir(parents=True, exist_ok=True)
-    learning_curves(options.runs, out)
-    run = options.runs[0]
-    if len(options.runs) > 1 or not (run / "eval.npz").exists():
-        return
-    args, data = json.loads((run / "args.json").read_text()), dict(np.load(run / "eval.npz"))
-    if "goal" in args["env"]:
-        cluster_map(args["env"], data, out / "cluster_map.png")
-    if "q" in data:
-        belief(args["env"], data, out / "belief.png")
-    elif "latent" in data and data["latent"].ndim == 4:
-        task_belief(args["env"], data, out / "belief.png")
-    if "latent" in data:
-        embedding(args["env"], data, out / "embedding.png")
-    if "vel" in args["env"] and "returns" in data:
-        return_by_velocity(args["env"], data, out / "return_by_velocity.png")
-    if "reward_weights" in data:
-        reward_weights(data, out / "reward_weights.png")
+    with plt.rc_context(STYLE):
+        learning_curves(env, settings, tables, out)
+        if "goal" in name and data:
+            cluster_map(name, data, out / "cluster_map.png")
+        if "cluster_belief" in data:
+            cluster_belief(name, data, tables[0], out / "belief.png")
+        elif "belief_mean" in data:
+            task_belief(name, data, out / "belief.png")
+        if "embedding" in data and len(data["embedding"]) > 2:
+            embedding(name, data, out / "embedding.png")
+        if "vel" in name and "returns" in data:
+            return_by_velocity(name, data, out / "return_by_velocity.png")
+        if "reward_weights" in data:
+            reward_weights(data, out / "reward_weights.png")
+
+
+def main(options: Options) -> None:
+    try:
+        draw(options)
+    except (Unusable, OSError) as error:
+        raise SystemExit(f"plot.py: error: {' '.join(str(error).split())}") from None
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ CHILD = """
 import sys; sys.path.insert(0, {algos!r})
 import {script}
 {before}
-{script}.train({script}.parse_args(sys.argv[1:]))
+args = {script}.parse_args(sys.argv[1:])
+{script}.train(args, {script}.Run(args))
 import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 

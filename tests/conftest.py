@@ -1,5 +1,14 @@
 import sys
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "algos"), str(ROOT / "tests")]
+
+
+def train(script: ModuleType, **flags) -> Path:
+    """Train with these arguments in this process; the run folder."""
+    args = script.Args(preset="paper", num_threads=1, **flags)
+    run = script.Run(args)
+    script.train(args, run)
+    return run.path

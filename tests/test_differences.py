@@ -1,5 +1,7 @@
 """docs/differences.md: how many lines each script has changed of the script that it is derived from.
 
+The last section, which is the same in every script, is not counted.
+
 python tests/test_differences.py     writes the table anew
 """
 
@@ -16,8 +18,9 @@ TABLE = re.compile(r"(?<=<!-- table -->\n\n).*?(?=\n<!-- end -->)", re.S)
 def sections(script: str) -> dict[str, list[str]]:
     """The lines of a script by section, without empty lines and copy marks; the algorithm's own sections as one."""
     own, found = "the algorithm's own sections", {}
-    shared = "Args", "Networks", "Sampler", "Evaluation", "Run folder and checkpoint", "Training", "Command line"
-    parts = re.split(r"^# == (.+?) =+\n", (ROOT / "algos" / f"{script}.py").read_text(), flags=re.M)
+    shared = "Args", "Networks", "Sampler", "Evaluation", "Training"
+    text = (ROOT / "algos" / f"{script}.py").read_text().split("# == The same in every script")[0]
+    parts = re.split(r"^# == (.+?) =+\n", text, flags=re.M)
     header, imports = re.match(r'(""".*?""")(.*)', parts[0], re.S).groups()
     named = [("header", header), ("imports", imports), *zip(parts[1::2], parts[2::2])]
     for name, text in named:

@@ -51,24 +51,41 @@ def make_batch(policy: maml.GaussianPolicy, theta: torch.Tensor, args: maml.Args
     return maml.process(maml.Batch(obs, action, mean, log_std, used, reward, weight), args)
 
 
-def make_data(policy, theta, args, tasks=6) -> list[maml.Batch]:
+def make_data(policy, theta, args, tasks=6, alpha=None) -> list[maml.Batch]:
     """D_0 .. D_n of some tasks, the last of which does not use the second action."""
+    alpha = args.alpha if alpha is None else alpha
     theta_k, data, used = theta.expand(tasks, -1), [], torch.ones(tasks, 1, 2)
     used[-1, 0, 1] = 0
     for k in range(args.inner_steps + 1):
         if k > 0:
-            theta_k = maml.adapt(policy, theta_k, data[-1], args.alpha, args.inner_loss)
+            theta_k = maml.adapt(policy, theta_k, data[-1], alpha, args)
         data.append(make_batch(policy, theta_k, args, used))
     return data
 
 
-def plain_adapt(policy, theta, data, args) -> torch.Tensor:
+def plain_adapt(policy, theta, data, alpha, args) -> torch.Tensor:
     """θ'_i of all tasks by differentiating through every step, [task, d]."""
     theta_k = theta.expand(len(data[0].obs), -1)
     for batch in data[:-1]:
-        loss = maml.inner_loss(policy, theta_k, batch, args.inner_loss).sum()
-        theta_k = theta_k - args.alpha * torch.autograd.grad(loss, theta_k, create_graph=True)[0]
+        loss = maml.inner_loss(policy, theta_k, batch, args).sum()
+        theta_k = theta_k - alpha * torch.autograd.grad(loss, theta_k, create_graph=True)[0]
     return theta_k
+
+
+def dense(policy, theta, data, alpha, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """J_i of every task [task, d, d], and the mean of J_iᵀ F_i J_i [d, d], entry by entry."""
+    jacobian = torch.autograd.functional.jacobian(lambda p: plain_adapt(policy, p, data, alpha, args), theta)
+    adapted = plain_adapt(policy, theta.clone().requires_grad_(), data, alpha, args).detach()
+    total = 0
+    for i, J in enumerate(jacobian):
+        alone = data[-1].of(slice(i, i + 1))
+        mean_of = lambda p: policy(p[None], alone.obs)[0][0]  # noqa: E731, B023
+        G, weight = torch.autograd.functional.jacobian(mean_of, adapted[i]), alone.weight.flatten()
+        used = alone.used[0, 0]
+        F = torch.einsum("nad,nae,n,a->de", G, G, weight, used * (-2 * alone.log_std[0, 0]).exp())
+        F[-2:, -2:] += 2 * torch.diag(used)
+        total = total + J.T @ F @ J
+    return jacobian, total / len(jacobian)
 
 
 # -- policy ------------------------------------------------------------------------------------------------------------
@@ -105,9 +122,12 @@ def test_initial_parameters(obs_dim):
 
 def test_std_has_a_floor():
     policy, theta = make_policy(small_args())
-    theta[-2:] = -50
-    _, log_std = policy(theta[None], torch.randn(1, 4, 3))
-    torch.testing.assert_close(log_std.exp(), torch.full((1, 1, 2), 1e-6))
+    theta = theta.repeat(3, 1)
+    theta[1, -2:] = torch.tensor([-50.0, 1.0])
+    floor = math.log(1e-6)
+    assert policy.log_std(theta[1]).tolist() == pytest.approx([floor, 1])
+    assert torch.equal(policy.log_std(theta)[[0, 2]], theta[[0, 2], -2:])
+    assert torch.equal(policy(theta, torch.randn(3, 4, 3))[1], policy.log_std(theta)[:, None])
 
 
 def test_log_prob_and_kl_are_those_of_the_gaussian():
@@ -164,7 +184,7 @@ def test_advantages_are_normalised_in_every_task_over_the_steps_taken():
     args = small_args(rollouts=6, horizon=9)
     policy, theta = make_policy(args)
     batch = make_batch(policy, theta.expand(4, -1), args)
-    taken = batch.weight > 0
+    taken = batch.taken
     assert not taken.all()
     for i in range(4):
         a = batch.advantage[i][taken[i]]
@@ -180,7 +200,7 @@ def test_inner_losses_have_one_gradient_where_the_data_was_sampled_and_different
     args = small_args()
     policy, theta = make_policy(args)
     batch = make_batch(policy, theta.expand(2, -1), args)
-    found = [maml.inner_gradient(policy, theta.expand(2, -1), batch, kind) for kind in FORMS]
+    found = [maml.inner_gradient(policy, theta.expand(2, -1), batch, small_args(inner_loss=kind)) for kind in FORMS]
     v = torch.randn_like(theta)
     for gradient, _ in found[1:]:
         torch.testing.assert_close(gradient, found[0][0])
@@ -194,15 +214,15 @@ def test_log_likelihood_loss_is_the_policy_gradient():
     policy, theta = make_policy(args)
     batch = make_batch(policy, theta[None], args)
     pi = Normal(*(x if i == 0 else x.exp() for i, x in enumerate(policy(theta[None], batch.obs))))
-    taken = (batch.weight > 0).flatten()
+    taken = batch.taken.flatten()
     expected = -(pi.log_prob(batch.action).sum(-1)[0] * batch.advantage.flatten())[taken].mean()
     constant = math.log(2 * math.pi) * batch.advantage.flatten()[taken].mean()
-    torch.testing.assert_close(maml.inner_loss(policy, theta[None], batch, "log-likelihood")[0], expected - constant)
+    torch.testing.assert_close(maml.inner_loss(policy, theta[None], batch, args)[0], expected - constant)
 
 
 def test_dice_by_the_magic_box():
     """Foerster et al. (2018): the box of all actions so far times the cost; here telescoped advantages."""
-    args = small_args()
+    args = small_args(inner_loss="dice")
     policy, theta = make_policy(args)
     batch = make_batch(policy, theta[None], args)
 
@@ -219,7 +239,7 @@ def test_dice_by_the_magic_box():
                     total = total - (upto - upto.detach()).exp() * cost
         return total / taken.sum()
 
-    ours = lambda parameters: maml.inner_loss(policy, parameters[None], batch, "dice")[0]  # noqa: E731
+    ours = lambda parameters: maml.inner_loss(policy, parameters[None], batch, args)[0]  # noqa: E731
     for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
         torch.testing.assert_close(derivative(ours, theta), derivative(magic, theta))
 
@@ -228,10 +248,10 @@ def test_adaptation_is_a_gradient_step_of_all_parameters_on_the_tasks_own_data()
     args = small_args()
     policy, theta = make_policy(args)
     batch = make_batch(policy, theta.expand(3, -1), args)
-    adapted = maml.adapt(policy, theta.expand(3, -1), batch, 0.1, "log-likelihood")
+    adapted = maml.adapt(policy, theta.expand(3, -1), batch, 0.1, args)
     for i in range(3):
         alone = batch.of(slice(i, i + 1))
-        loss = lambda p: maml.inner_loss(policy, p[None], alone, "log-likelihood")[0]  # noqa: E731, B023
+        loss = lambda p: maml.inner_loss(policy, p[None], alone, args)[0]  # noqa: E731, B023
         torch.testing.assert_close(adapted[i], theta - 0.1 * torch.func.grad(loss)(theta))
     assert (adapted[:, -2:] != theta[-2:]).all(), "log σ adapts too"
 
@@ -244,8 +264,8 @@ def test_meta_gradient_and_hessian_against_finite_differences(kind, steps):
     args = small_args(inner_loss=kind, inner_steps=steps)
     policy, theta = make_policy(args)
     data = make_data(policy, theta, args)
-    surrogate, gradient, hvp = maml.linearise(policy, theta, data, args)
-    objective = lambda p: torch.stack(maml.meta_objective(policy, p, data, args))  # noqa: E731
+    surrogate, gradient, hvp = maml.linearise(policy, theta, data, args.alpha, args)
+    objective = lambda p: torch.stack(maml.meta_objective(policy, p, data, args.alpha, args))  # noqa: E731
     for _ in range(3):
         v = torch.randn_like(theta)
         plus, minus = objective(theta + 1e-5 * v), objective(theta - 1e-5 * v)
@@ -261,42 +281,62 @@ def test_meta_gradient_and_hessian_against_the_plain_version(kind, steps, activa
     args = small_args(inner_loss=kind, inner_steps=steps, activation=activation)
     policy, theta = make_policy(args)
     data = make_data(policy, theta, args)
-    _, gradient, hvp = maml.linearise(policy, theta, data, args)
+    _, gradient, hvp = maml.linearise(policy, theta, data, args.alpha, args)
 
     leaf = theta.clone().requires_grad_()
-    output = policy(plain_adapt(policy, leaf, data, args), data[-1].obs)
+    output = policy(plain_adapt(policy, leaf, data, args.alpha, args), data[-1].obs)
     surrogate, kl = maml.surrogate(*output, data[-1]), maml.mean_kl(*output, data[-1])
     torch.testing.assert_close(gradient, torch.autograd.grad(surrogate.mean(), leaf, retain_graph=True)[0])
     v = torch.randn_like(theta)
     (slope,) = torch.autograd.grad(kl.mean(), leaf, create_graph=True)
     torch.testing.assert_close(hvp(v), torch.autograd.grad(slope @ v, leaf)[0])
 
-    jacobian = torch.autograd.functional.jacobian(lambda p: plain_adapt(policy, p, data, args), leaf)  # [task, d, d]
-    adapted = plain_adapt(policy, leaf, data, args).detach()
-    total = 0
-    for i, J in enumerate(jacobian):
-        alone = data[-1].of(slice(i, i + 1))
-        mean_of = lambda p: policy(p[None], alone.obs)[0][0]  # noqa: E731, B023
-        G, weight = torch.autograd.functional.jacobian(mean_of, adapted[i]), alone.weight.flatten()
-        used = alone.used[0, 0]
-        F = torch.einsum("nad,nae,n,a->de", G, G, weight, used * (-2 * alone.log_std[0, 0]).exp())
-        F[-2:, -2:] += 2 * torch.diag(used)
-        total = total + J.T @ F @ J @ v
-    torch.testing.assert_close(hvp(v), total / len(jacobian))
+    torch.testing.assert_close(hvp(v), dense(policy, theta, data, args.alpha, args)[1] @ v)
+
+
+@pytest.mark.parametrize("kind, steps", list(product(FORMS, (1, 2))))
+def test_with_a_rate_of_each_parameter_the_jacobian_is_not_symmetric(kind, steps):
+    """∇S by differentiating through adaptation and by finite differences; JᵀFJ entry by entry."""
+    args = small_args(inner_loss=kind, inner_steps=steps)
+    policy, theta = make_policy(args)
+    alpha = 0.5 * torch.rand_like(theta)
+    alpha[::4] = 0
+    data = make_data(policy, theta, args, alpha=alpha)
+    _, gradient, hvp = maml.linearise(policy, theta, data, alpha, args)
+
+    leaf = theta.clone().requires_grad_()
+    surrogate = maml.surrogate(*policy(plain_adapt(policy, leaf, data, alpha, args), data[-1].obs), data[-1])
+    torch.testing.assert_close(gradient, torch.autograd.grad(surrogate.mean(), leaf)[0])
+    objective = lambda p: torch.stack(maml.meta_objective(policy, p, data, alpha, args))  # noqa: E731
+    v = torch.randn_like(theta)
+    plus, middle, minus = (objective(theta + e * v) for e in (1e-5, 0, -1e-5))
+    assert gradient @ v == pytest.approx(((plus - minus)[0] / 2e-5).item(), rel=1e-5, abs=1e-7)
+    assert surrogate.mean().item() == pytest.approx(middle[0].item())
+    plus, middle, minus = (objective(theta + e * v)[1] for e in (1e-3, 0, -1e-3))
+    assert v @ hvp(v) == pytest.approx(((plus - 2 * middle + minus) / 1e-6).item(), rel=1e-3)
+
+    jacobian, hessian = dense(policy, theta, data, alpha, args)
+    assert (jacobian - jacobian.mT).abs().max() > 1e-2
+    found = torch.stack([hvp(e) for e in torch.eye(len(theta))])
+    torch.testing.assert_close(found, hessian)
+    torch.testing.assert_close(found, found.T)
+    assert torch.linalg.eigvalsh(found)[0] > -1e-9 and v @ found @ v > 0
 
 
 def test_float32_is_enough_and_chunks_do_not_matter(monkeypatch):
     args = small_args(inner_steps=2)
     policy, theta = make_policy(args)
     data, v = make_data(policy, theta, args, tasks=5), torch.randn_like(theta)
-    exact = [part(v) if callable(part) else part for part in maml.linearise(policy, theta, data, args)]
+    exact = [part(v) if callable(part) else part for part in maml.linearise(policy, theta, data, args.alpha, args)]
     for chunk in (1, 2, 7):
         monkeypatch.setattr(maml, "CHUNK", chunk)
-        again = [part(v) if callable(part) else part for part in maml.linearise(policy, theta, data, args)]
+        again = [part(v) if callable(part) else part for part in maml.linearise(policy, theta, data, args.alpha, args)]
         for a, b in zip(again, exact):
             torch.testing.assert_close(a, b)
     single = [maml.Batch(*(x.float() for x in batch)) for batch in data]
-    rough = [p(v.float()) if callable(p) else p for p in maml.linearise(policy, theta.float(), single, args)]
+    rough = [
+        p(v.float()) if callable(p) else p for p in maml.linearise(policy, theta.float(), single, args.alpha, args)
+    ]
     for a, b in zip(rough, exact):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
 
@@ -306,12 +346,12 @@ def test_without_inner_steps_it_is_plain_trpo():
     args = small_args(inner_steps=0)
     policy, theta = make_policy(args)
     (batch,) = data = make_data(policy, theta, args)
-    _, gradient, hvp = maml.linearise(policy, theta, data, args)
+    _, gradient, hvp = maml.linearise(policy, theta, data, args.alpha, args)
     leaf = theta.clone().requires_grad_()
     log_pi = maml.log_prob(*policy(leaf.expand(6, -1), batch.obs), batch)
     loss = -(batch.weight * batch.advantage * log_pi).sum() / 6
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, leaf)[0])
-    v, kl = torch.randn_like(theta), lambda p: maml.meta_objective(policy, p, data, args)[1]
+    v, kl = torch.randn_like(theta), lambda p: maml.meta_objective(policy, p, data, args.alpha, args)[1]
     assert v @ hvp(v) == pytest.approx((kl(theta + 1e-3 * v) + kl(theta - 1e-3 * v)).item() / 1e-6, rel=1e-3)
 
 
@@ -319,8 +359,8 @@ def test_damping_is_added():
     args = small_args()
     policy, theta = make_policy(args)
     data, v = make_data(policy, theta, args), torch.randn_like(theta)
-    plain = maml.linearise(policy, theta, data, args)[2](v)
-    damped = maml.linearise(policy, theta, data, dataclasses.replace(args, damping=0.3))[2](v)
+    plain = maml.linearise(policy, theta, data, args.alpha, args)[2](v)
+    damped = maml.linearise(policy, theta, data, args.alpha, dataclasses.replace(args, damping=0.3))[2](v)
     torch.testing.assert_close(damped, plain + 0.3 * v)
 
 
@@ -328,7 +368,7 @@ def test_damping_is_added():
 def test_at_the_start_the_kl_and_the_surrogate_are_0(steps):
     args = small_args(inner_steps=steps)
     policy, theta = make_policy(args)
-    surrogate, kl = maml.meta_objective(policy, theta, make_data(policy, theta, args), args)
+    surrogate, kl = maml.meta_objective(policy, theta, make_data(policy, theta, args), args.alpha, args)
     assert abs(surrogate) < 1e-6 and abs(kl) < 1e-6
 
 
@@ -347,13 +387,13 @@ def test_accepted_steps_lower_the_surrogate_within_the_trust_region(steps, delta
     args = small_args(inner_steps=steps, delta=delta, rollouts=10, horizon=10)
     policy, theta = make_policy(args)
     data = make_data(policy, theta, args)
-    new, stats = maml.trpo_step(policy, theta, data, args)
-    surrogate, kl = maml.meta_objective(policy, new, data, args)
+    new, stats = maml.trpo_step(policy, theta, data, args.alpha, args)
+    surrogate, kl = maml.meta_objective(policy, new, data, args.alpha, args)
     assert 0 < kl <= delta and surrogate < stats["trpo/surrogate_before"]
     assert stats["trpo/kl"] == pytest.approx(kl.item()) and stats["trpo/step_ratio"] > 0
     if stats["trpo/step_ratio"] < 1:  # the candidate before was no good
         step = (new - theta) / stats["trpo/step_ratio"]
-        worse = maml.meta_objective(policy, theta + stats["trpo/step_ratio"] / 0.8 * step, data, args)
+        worse = maml.meta_objective(policy, theta + stats["trpo/step_ratio"] / 0.8 * step, data, args.alpha, args)
         assert worse[1] > delta or worse[0] >= stats["trpo/surrogate_before"]
     else:
         assert kl > 0.3 * delta, "the quadratic model hits δ"
@@ -367,8 +407,31 @@ def test_a_step_that_helps_nowhere_is_not_taken(monkeypatch):
     for answer in ((torch.tensor(-1.0), torch.tensor(2.0)), (torch.tensor(1.0), torch.tensor(0.0)), (nan, nan)):
         asked = []
         monkeypatch.setattr(maml, "meta_objective", lambda *_, answer=answer, asked=asked: asked.append(1) or answer)
-        new, stats = maml.trpo_step(policy, theta, data, args)
+        new, stats = maml.trpo_step(policy, theta, data, args.alpha, args)
         assert (new == theta).all() and stats["trpo/step_ratio"] == 0 and len(asked) == 15
+
+
+def test_slack_accepts_a_little_more_than_the_trust_region(monkeypatch):
+    args = small_args(delta=0.01)
+    policy, theta = make_policy(args)
+    data = make_data(policy, theta, args)
+    for slack, kl, taken in ((0, 0.01, 1), (0, 0.0105, 0), (0.1, 0.0105, 1), (0.1, 0.0111, 0)):
+        answer = torch.tensor(-1.0), torch.tensor(kl)
+        monkeypatch.setattr(maml, "meta_objective", lambda *_, answer=answer: answer)
+        _, stats = maml.trpo_step(policy, theta, data, args.alpha, dataclasses.replace(args, kl_slack=slack))
+        assert stats["trpo/step_ratio"] == taken and stats["trpo/kl"] == pytest.approx(kl * taken)
+
+
+def test_the_step_with_a_rate_of_each_parameter():
+    args = small_args(inner_steps=2)
+    policy, theta = make_policy(args)
+    alpha = 0.3 * torch.rand_like(theta)
+    data = make_data(policy, theta, args, alpha=alpha)
+    new, stats = maml.trpo_step(policy, theta, data, alpha, args)
+    after, kl = maml.meta_objective(policy, new, data, alpha, args)
+    assert stats["trpo/kl"] == pytest.approx(kl.item()) and stats["trpo/surrogate_after"] == pytest.approx(after.item())
+    assert 0 < kl <= args.delta and after < stats["trpo/surrogate_before"]
+    assert (maml.trpo_step(policy, theta, data, args.alpha, args)[0] - new).abs().max() > 1e-3
 
 
 def test_meta_gradient_of_a_bandit_by_hand():
@@ -378,7 +441,7 @@ def test_meta_gradient_of_a_bandit_by_hand():
         policy, theta = maml.GaussianPolicy(1, 1, args), torch.zeros(3)  # weight, bias m, log σ
         data = []
         for theta_k in (theta, None):
-            theta_k = maml.adapt(policy, theta[None], data[0], 0.1, kind) if data else theta[None]
+            theta_k = maml.adapt(policy, theta[None], data[0], 0.1, args) if data else theta[None]
             batch = make_batch(policy, theta_k, args)
             batch = batch._replace(obs=torch.zeros_like(batch.obs), weight=torch.full((1, 50, 1), 0.02))
             mean, log_std = policy(theta_k, batch.obs)
@@ -386,7 +449,7 @@ def test_meta_gradient_of_a_bandit_by_hand():
             reward = -((action - 1) ** 2).view(1, 50, 1)
             batch = batch._replace(mean=mean, log_std=log_std, action=action, reward=reward)
             data.append(maml.process(batch, args))
-        _, gradient, _ = maml.linearise(policy, theta, data, args)
+        _, gradient, _ = maml.linearise(policy, theta, data, args.alpha, args)
         first, second = data
         a, A = first.action.flatten(), first.advantage.flatten()
         m, sigma = (0.1 * A * a).mean(), (0.1 * A * (a**2 - 1)).mean().exp()
@@ -455,6 +518,29 @@ def test_the_next_phase_keeps_the_tasks_and_draws_new_starts(single):
     assert all(torch.equal(a, b) for a, b in zip(first[:-1], again[:-1]))
 
 
+def test_collect_is_the_loop_over_samples_and_gradient_steps(single):
+    args = maml.Args(rollouts=2, horizon=30, num_threads=1, hidden=(4,))
+    env = gym.make_vec("walker-dir", num_envs=6, horizon=30)
+    tasks = env.unwrapped.sample_tasks(3, np.random.default_rng(0))
+    policy = maml.GaussianPolicy(17, 6, args)
+    theta = torch.stack([policy.init(torch.Generator().manual_seed(i)) for i in range(3)])
+    alphas = [0.1, 0.2 * torch.rand(theta.shape[1]), 0.2 * torch.rand_like(theta)]
+    found = maml.collect(env, tasks, policy, theta, alphas, torch.Generator().manual_seed(5), args)
+
+    rng, data = torch.Generator().manual_seed(5), []
+    for k in range(4):
+        if k > 0:
+            theta = theta.clone().requires_grad_()
+            loss = maml.inner_loss(policy, theta, data[-1], args).sum()
+            theta = (theta - alphas[k - 1] * torch.autograd.grad(loss, theta)[0]).detach()
+        batch = maml.sample(env, tasks if k == 0 else None, policy, theta, rng, args)
+        data.append(maml.process(batch, args))
+    assert len(found) == 4
+    for a, b in zip(found, data):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert not torch.equal(data[2].mean[:, 0], data[3].mean[:, 0])
+
+
 def test_padding_actions_leave_the_policy_with_the_flag(single):
     args = maml.Args(rollouts=2, horizon=5, num_threads=1, mask_pad_actions=True)
     env = gym.make_vec("ant-cheetah-dir", num_envs=8, horizon=5)
@@ -462,10 +548,10 @@ def test_padding_actions_leave_the_policy_with_the_flag(single):
     policy = maml.GaussianPolicy(111, 8, args)
     theta, rng = policy.init(torch.Generator()).expand(4, -1), torch.Generator().manual_seed(0)
     for masked in (True, False):
-        args = dataclasses.replace(args, mask_pad_actions=masked)
+        args = dataclasses.replace(args, mask_pad_actions=masked, inner_loss="dice")
         batch = maml.process(maml.sample(env, tasks, policy, theta, rng, args), args)
         assert [int(n) for n in batch.used.sum((1, 2))] == [8 if c == 0 or not masked else 6 for c in tasks.cluster]
-        gradient, hessian = maml.inner_gradient(policy, theta, batch, "dice")
+        gradient, hessian = maml.inner_gradient(policy, theta, batch, args)
         _, outer, fisher = maml.outer_gradient(policy, theta, batch)
         v = torch.randn(theta.shape[1])
         for out in (gradient, outer, hessian(v), fisher(v)):
@@ -496,51 +582,64 @@ def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(si
     assert again == metrics
 
 
-def test_presets_and_explicit_flags():
-    assert maml.parse_args([]) == maml.Args()
-    finn = maml.parse_args(["--preset", "finn", "--alpha", "0.05"])
-    assert (finn.horizon, finn.hidden, finn.activation, finn.alpha) == (200, (100, 100), "relu", 0.05)
-    assert maml.parse_args(["--preset", "finn", "--horizon", "50"]).horizon == 50
+def test_learners_are_the_true_clusters_of_the_oracle():
+    tasks = envs.Tasks(np.zeros((3, 1)), np.array([1, 0, 1]))
+    assert maml.assign(tasks, maml.Args(oracle=True)).tolist() == [1, 0, 1]
+    assert maml.assign(tasks, maml.Args()).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--env", "cheetah-dri"], "did you mean cheetah-dir"),
-        (["--env", "cheetah-vel", "--oracle"], "--oracle needs clusters, and cheetah-vel has none"),
-        (["--tasks", "0"], "--tasks must be at least 1"),
-        (["--inner-steps", "-1"], "--inner-steps must be at least 0"),
-        (["--alpha", "0"], "--alpha, --action-scale and --delta must be positive"),
-        (["--alpha", "inf"], "--alpha must be finite"),
-        (["--gamma", "2"], "--gamma and --gae-lambda must be in [0, 1]"),
-        (["--damping", "-1"], "--damping at least 0"),
-        (["--seed", "99999999999999999999"], "--seed is too large"),
-        (["--env", "point-goal-4c", "--tasks", "3"], "--tasks must be at least 4, which hold every cluster"),
-        (["--hidden", "0"], "--hidden"),
-        (["--resume", "a", "--evaluate", "b"], "contradict"),
-        (["--resume", "nowhere"], "not a run folder"),
-    ],
-)
-def test_wrong_input_gets_one_line(flags, message):
+def test_the_defaults_are_promps_maml_run_and_flags_make_them_finns():
+    assert maml.parse_args([]) == maml.parse_args(["--preset", "paper"]) == maml.Args(preset="paper")
+    a = maml.Args()
+    assert (a.tasks, a.rollouts, a.horizon, a.inner_steps, a.alpha) == (40, 20, 100, 1, 0.1)
+    assert (a.gamma, a.gae_lambda, a.delta, a.cg_iterations, a.backtracks) == (0.99, 1.0, 0.01, 10, 15)
+    finn = maml.parse_args("--env cheetah-vel --horizon 200 --hidden 100 100 --activation relu".split())
+    assert (finn.horizon, finn.hidden, finn.activation) == (200, (100, 100), "relu")
+    none = maml.parse_args(["--inner-steps", "0", "--eval-steps", "0", "--num-threads", "0"])
+    assert none.inner_steps == none.eval_steps == 0
+
+
+RULES = [
+    ("--env cheetah-vel --oracle", "--oracle needs clusters, and cheetah-vel has none"),
+    ("--env point-goal-4c --tasks 3", "--tasks must be at least 4, which hold every cluster"),
+    ("--oracle --tasks 3", "--oracle needs --tasks to be a multiple of 2"),
+    ("--mask-pad-actions", "--mask-pad-actions is for environments of several robots"),
+    ("--alpha 0", "--alpha, --action-scale and --delta must be positive"),
+    ("--action-scale -1", "--alpha, --action-scale and --delta must be positive"),
+    ("--delta 0", "--alpha, --action-scale and --delta must be positive"),
+    ("--damping -1", "--damping and --kl-slack must be at least 0"),
+    ("--kl-slack -0.1", "--damping and --kl-slack must be at least 0"),
+    ("--gamma 2", "--gamma and --gae-lambda must be in [0, 1]"),
+    ("--gae-lambda -0.5", "--gamma and --gae-lambda must be in [0, 1]"),
+]
+
+
+@pytest.mark.parametrize("flags, message", RULES)
+def test_what_must_hold(flags, message):
     with pytest.raises(SystemExit) as caught:
-        maml.parse_args(flags)
-    assert str(caught.value).startswith("maml.py: error: ") and message in str(caught.value)
-    assert "\n" not in str(caught.value)
+        maml.parse_args(flags.split())
+    assert str(caught.value) == f"maml.py: error: {message}"
+
+
+def test_every_rule_has_a_case():
+    assert len({message for _, message in RULES}) == len(maml.check(maml.Args(), envs.ENVIRONMENTS["cheetah-dir"]))
+    maml.parse_args("--env ant-cheetah-dir --oracle --tasks 4 --mask-pad-actions --damping 0".split())
 
 
 def test_every_learner_of_multi_maml_gets_the_tasks_of_its_cluster(single, monkeypatch, tmp_path):
     """And does with them what a single MAML would."""
     args = maml.Args(rollouts=2, horizon=5, tasks=4, oracle=True, iterations=1, run_dir=str(tmp_path), num_threads=1)
+    run = maml.Run(args)
     steps, batches, trpo_step, sample = [], [], maml.trpo_step, maml.sample
-    monkeypatch.setattr(maml.signal, "signal", lambda *_: None)
     monkeypatch.setattr(maml, "sample", lambda env, *a: batches.append((env, sample(env, *a))) or batches[-1][1])
     monkeypatch.setattr(maml, "trpo_step", lambda p, t, *a: steps.append((p, t.clone(), *a)) or trpo_step(p, t, *a))
-    maml.train(args)
+    maml.train(args, run)
     (env, before), (_, after) = batches[2:4]  # between the evaluations
     cluster = env.unwrapped.tasks.cluster[::2]
     assert sorted(cluster) == [0, 0, 1, 1] and len(steps) == 2
-    saved = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)["agent"]["theta"]
-    for m, (policy, theta, data, _) in enumerate(steps):
+    assert run.frames == sum(int(batch.taken.sum()) for batch in (before, after)) == 2 * 4 * 2 * 5
+    saved = torch.load(run.path / "agent.pt", weights_only=True)["agent"]["theta"]
+    for m, (policy, theta, data, alpha, _) in enumerate(steps):
         for batch, everyones in zip(data, (before, after)):
             assert torch.equal(batch.obs, everyones.obs[cluster == m])
-        assert torch.equal(saved[m], trpo_step(policy, theta, data, args)[0])
+        assert torch.equal(saved[m], trpo_step(policy, theta, data, alpha, args)[0])

@@ -2,9 +2,11 @@
 
 import gymnasium as gym
 import milet
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import train
 from torch.distributions import Categorical, Gumbel, Normal, kl_divergence
 
 
@@ -64,7 +66,7 @@ def test_task_gru_sees_the_cluster_gru_and_the_cluster_head_does_not_see_the_tas
     h_beta.sum().backward()
     assert encoder.c_gru.weight_ih_l0.grad.abs().sum() > 0
     h_alpha = torch.randn(3, 8)
-    q = [milet.infer(encoder, h_alpha, torch.randn(3, 8), None, 0.8).q for _ in range(2)]
+    q = [milet.infer(encoder, h_alpha, torch.randn(3, 8), None, 0.8)[0] for _ in range(2)]
     torch.testing.assert_close(q[0], q[1], atol=0, rtol=0)
 
 
@@ -101,8 +103,7 @@ def test_first_decoder_layer_in_parts_equals_the_concatenation():
 
 
 @pytest.mark.parametrize("decodes", [0, 4])
-def test_chunked_reconstruction_equals_the_plain_one(decodes, monkeypatch):
-    monkeypatch.setattr(milet.Reconstruction, "CHUNK", 70)  # several chunks a trial, a ragged last one
+def test_chunked_reconstruction_equals_the_plain_one(decodes):
     rest = torch.nn.Sequential(torch.nn.ReLU(), *milet.mlp(7, 6, 2)).double()
     z = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
     x = torch.randn(3, 10, 7, dtype=torch.float64, requires_grad=True)
@@ -111,7 +112,7 @@ def test_chunked_reconstruction_equals_the_plain_one(decodes, monkeypatch):
     index = steps if decodes else torch.arange(10).expand(3, 5, 10)
     rows = torch.arange(3)[:, None, None]
     plain = (rest(z[:, :, None] + x[rows, index]) - target[rows, index]).square().mean()
-    chunked = milet.Reconstruction.apply(rest, z, x, target, steps, *rest.parameters())
+    chunked = milet.reconstruction(rest, z, x, target, steps, floats=70)  # several chunks a trial, a ragged last one
     torch.testing.assert_close(chunked, plain)
     inputs = [z, x, *rest.parameters()]
     for a, b in zip(torch.autograd.grad(3 * chunked, inputs), torch.autograd.grad(3 * plain, inputs)):
@@ -201,27 +202,27 @@ def play(args, test=False, env_id="hopper-params-4c", n=3):
 
 def test_hidden_states_live_for_one_trial(monkeypatch):
     """Zero at the start of the trial, carried over between its episodes, equal to one pass over the whole trial."""
-    beliefs, rollout = [], milet.rollout
+    memories, rollout = [], milet.rollout
 
-    def spy(env, obs, policy, encoder, belief, args, test):
-        episode, last = rollout(env, obs, policy, encoder, belief, args, test)
-        beliefs.append((belief, last))
+    def spy(env, obs, policy, encoder, memory, args, test):
+        episode, last = rollout(env, obs, policy, encoder, memory, args, test)
+        memories.append((memory, last))
         return episode, last
 
     monkeypatch.setattr(milet, "rollout", spy)
     agent, explore, exploit = play(small_args())
-    (first, middle), (carried, end) = beliefs
-    assert (first.h_alpha == 0).all() and (first.h_beta == 0).all() and carried is middle
+    (first, middle), (carried, end) = memories
+    assert (first[0] == 0).all() and (first[1] == 0).all() and carried is middle
     torch.testing.assert_close(exploit.q[0], explore.q[-1], atol=0, rtol=0)
-    torch.testing.assert_close(exploit.latent[0], explore.latent[-1], atol=0, rtol=0)
+    torch.testing.assert_close(exploit.belief[0], explore.belief[-1], atol=0, rtol=0)
     action, reward = (torch.cat([getattr(e, k) for e in (explore, exploit)]) for k in ("action", "reward"))
     next_obs = torch.cat([e.obs[1:] for e in (explore, exploit)])
     with torch.no_grad():
         h_alpha, h_beta = agent["encoder"](action, reward, next_obs, *torch.zeros(2, 3, 8))
         q = agent["encoder"].cluster_logits(h_alpha).softmax(-1)
-    for t, belief in ((99, middle), (199, end)):
-        torch.testing.assert_close(h_alpha[t], belief.h_alpha, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(h_beta[t], belief.h_beta, atol=1e-5, rtol=1e-4)
+    for t, memory in ((99, middle), (199, end)):
+        torch.testing.assert_close(h_alpha[t], memory[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(h_beta[t], memory[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(q, torch.cat([explore.q[1:], exploit.q[1:]]), atol=1e-5, rtol=1e-4)
 
 
@@ -244,7 +245,7 @@ def test_second_episode_starts_from_the_reset_state():
 def test_ant_has_114_inputs():
     _, explore, _ = play(small_args(), env_id="ant-goal-4c", n=2)
     assert explore.obs.shape == (101, 2, 114)
-    assert explore.obs[-1, :, 29:113].abs().max() > 0  # the ant has landed
+    assert explore.obs[1:, :, 29:113].abs().max() > 0  # the ant has landed
 
 
 def test_test_trials_are_deterministic_and_training_ones_are_not():
@@ -256,16 +257,21 @@ def test_test_trials_are_deterministic_and_training_ones_are_not():
         assert (explore.action == again.action).all() == test
 
 
-def test_squashed_actions_stay_in_the_box():
-    _, explore, _ = play(small_args(squash=True, policy_embed=0))
-    torch.testing.assert_close(explore.action, explore.sample.tanh())
+@pytest.mark.parametrize("squash", ["none", "mean", "sample"])
+def test_squashing(squash):
+    """Of the mean, or of the sample; the environment gets what it gives."""
+    agent, explore, _ = play(small_args(squash=squash, policy_embed=0))
+    torch.testing.assert_close(explore.action, explore.sample.tanh() if squash == "sample" else explore.sample)
+    policy = agent["psi"]
+    policy.actor[-1].bias.data += 5
+    assert (policy.mean(policy.embed(torch.randn(4, 12), torch.randn(4, 6))).abs() <= 1).all() == (squash == "mean")
 
 
 def test_one_policy_ablation_learns_from_the_whole_trial():
     agent, explore, exploit = play(small_args(exploration=False))
     assert "psi" not in agent
     whole = milet.join(explore, exploit)
-    assert len(whole.reward) == 200 and len(whole.obs) == len(whole.latent) == 201
+    assert len(whole.reward) == 200 and len(whole.obs) == len(whole.belief) == 201
     torch.testing.assert_close(whole.obs[100], exploit.obs[0])
     torch.testing.assert_close(whole.action[99:101], torch.stack([explore.action[-1], exploit.action[0]]))
 
@@ -303,9 +309,13 @@ def test_time_limit_is_bootstrapped():
     torch.testing.assert_close(advantage, torch.zeros_like(advantage), atol=1e-10, rtol=0)
 
 
-def test_discounted_sums():
-    sums = milet.discounted_sums(torch.tensor([[1.0, 8.0], [1.0, 0.0], [1.0, 0.0]]), 0.5)
-    torch.testing.assert_close(sums, torch.tensor([[1, 8], [1.5, 4], [1.75, 2]]))
+def test_rewards_are_scaled_by_their_discounted_sums():
+    stats, reward = milet.RunningStats(), torch.tensor([[1.0, 8.0], [1.0, 0.0], [1.0, 0.0]])
+    scaled = milet.scale_rewards(stats, reward, 0.5)
+    sums = torch.tensor([1, 8, 1.5, 4, 1.75, 2])
+    torch.testing.assert_close(stats.var.float(), sums.var(correction=0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(scaled, reward / sums.std(correction=0), atol=1e-3, rtol=0)
+    assert milet.scale_rewards(stats, 1e3 * reward, 0.0).max() <= 10
 
 
 def test_value_loss():
@@ -326,33 +336,90 @@ def test_running_stats():
     torch.testing.assert_close(stats.var, x.double().flatten(0, 1).var(0, correction=0), atol=1e-2, rtol=0)
 
 
+def make_episode(steps=10, n=4, horizon=None) -> milet.Episode:
+    """Random states whose last number is the done flag: 0 along the episode and 1 at its end."""
+    obs, sample = torch.randn(steps + 1, n, 6), torch.randn(steps, n, 2)
+    obs[..., -1] = torch.arange(steps + 1)[:, None] == steps
+    return milet.Episode(obs, sample, sample, torch.empty(0), torch.empty(0), torch.randn(steps + 1, n, 6))
+
+
 def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     args = small_args(gamma=0.0)
-    policy = milet.Policy(6, 2, args)
+    policy, episode = milet.Policy(6, 2, args), make_episode(50, 16)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    obs, latent, none = torch.randn(51, 16, 6), torch.randn(51, 16, 6), torch.empty(0)
-    first = policy.mean(policy.embed(obs, latent)).mean().item()
+    first = policy.mean(policy.embed(episode.obs, episode.belief)).mean().item()
     for _ in range(20):
         with torch.no_grad():
-            sample = policy.distribution(policy.embed(obs[:-1], latent[:-1])).sample()
-        episode = milet.Episode(obs, sample, sample, none, none, latent)
-        milet.ppo_update(policy, optimizer, episode, sample.sum(-1), 0.0, args)
-    assert policy.mean(policy.embed(obs, latent)).mean().item() > first + 0.2
-    torch.testing.assert_close(policy.stats.mean.float(), obs[:-1].mean((0, 1)), atol=1e-4, rtol=0)
+            sample = policy.distribution(policy.embed(episode.obs[:-1], episode.belief[:-1])).sample()
+        milet.ppo_update(policy, optimizer, episode._replace(sample=sample), sample.sum(-1), 0.0, args)
+    assert policy.mean(policy.embed(episode.obs, episode.belief)).mean().item() > first + 0.2
+    seen = episode.obs[:-1, ..., :-1]
+    torch.testing.assert_close(policy.stats.mean.float(), seen.mean((0, 1)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("policy_embed", [0, 64])
+def test_the_value_at_the_time_limit_is_that_of_the_state(policy_embed):
+    """... and hangs neither on the done flag, which statistics never see at 1, nor on strays (D11)."""
+    args = small_args(policy_embed=policy_embed)
+    policy, episode = milet.Policy(6, 2, args), make_episode(50, 16)
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+    for _ in range(5):
+        milet.ppo_update(policy, optimizer, episode, torch.randn(50, 16), 0.0, args)
+    end, same = episode.obs[-1], episode.obs[-1].clone()
+    same[:, -1] = 0
+    x, y = (policy.embed(obs, episode.belief[-1]) for obs in (end, same))
+    assert (end[:, -1] == 1).all() and (x.abs() < 0.999).any(-1).all(), "not saturated"
+    torch.testing.assert_close(policy.value(x), policy.value(y))
+    end[:, 0] = 1e6
+    assert policy.stats.normalise(end[:, :-1]).abs().max() == 10 and policy.value(x).isfinite().all()
 
 
 def test_ppo_bootstraps_from_the_state_at_the_time_limit(monkeypatch):
     args = small_args()
-    policy, seen = milet.Policy(6, 2, args), []
+    policy, seen, episode = milet.Policy(6, 2, args), [], make_episode()
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    obs, latent, sample = torch.randn(11, 4, 6), torch.randn(11, 4, 6), torch.randn(10, 4, 2)
     with torch.no_grad():
-        expected = policy.value(policy.embed(obs, latent))
+        expected = policy.value(policy.embed(episode.obs, episode.belief))
     gae = milet.gae
     monkeypatch.setattr(milet, "gae", lambda reward, value, *rest: (seen.append(value), gae(reward, value, *rest))[1])
-    episode = milet.Episode(obs, sample, sample, obs, obs, latent)
     milet.ppo_update(policy, optimizer, episode, torch.randn(10, 4), 0.0, args)
     torch.testing.assert_close(seen[0], expected)  # the values of all 11 states, by the statistics that acted
+
+
+def test_diagnostics_of_ppo():
+    """One step has ratios of 1; explained variance is that of the values that acted, 1 where they are the returns."""
+    once = small_args(ppo_epochs=1, minibatches=1, gae_lambda=1.0, gamma=0.0)
+    policy, episode = milet.Policy(6, 2, once), make_episode()
+    policy.observe(episode.obs[:-1])
+    optimizer = torch.optim.Adam(policy.parameters(), 1e-1)
+    with torch.no_grad():
+        reward = policy.value(policy.embed(episode.obs, episode.belief))[:-1]
+    found = milet.ppo_update(policy, optimizer, episode, reward, 0.0, once)
+    assert found["explained_variance"] == pytest.approx(1, abs=1e-3)
+    assert found["approx_kl"] == pytest.approx(0, abs=1e-5) and found["clip_fraction"] == 0
+    found = milet.ppo_update(policy, optimizer, episode, torch.randn(10, 4), 0.0, small_args(ppo_epochs=5))
+    assert found["approx_kl"] > 0 and 0 < found["clip_fraction"] <= 1 and found["explained_variance"] < 0.9
+
+
+def test_statistics_are_updated_before_the_first_update_too(monkeypatch, tmp_path):
+    """And then they are those of all states acted in, without a jump at the first update."""
+    counts, update = [], milet.ppo_update
+    spy = lambda policy, *rest: counts.append(round(policy.stats.count.item())) or update(policy, *rest)  # noqa: E731
+    monkeypatch.setattr(milet, "ppo_update", spy)
+    flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=160, precollect=80, elbo_terms=2, vae_batch=2)
+    train(milet, **SMALL, **flags, run_dir=str(tmp_path), eval_every=9)
+    assert counts == [40, 40, 60, 60]  # two trials of 20 steps an episode were observed before
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_rates(monkeypatch, tmp_path, anneal):
+    rates, update = [], milet.ppo_update
+    spy = lambda *a: rates.append(a[1].param_groups[0]["lr"]) or update(*a)  # noqa: E731
+    monkeypatch.setattr(milet, "ppo_update", spy)
+    flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=80, precollect=1, elbo_terms=2, vae_batch=2)
+    rates_of = dict(anneal=anneal, lr_psi=2e-3, lr_phi=4e-3)
+    train(milet, **SMALL, **flags, **rates_of, run_dir=str(tmp_path), eval_every=9)
+    assert rates == pytest.approx([2e-3, 4e-3, 1e-3, 2e-3] if anneal else [2e-3, 4e-3] * 2)
 
 
 def test_initialisation():
@@ -369,10 +436,26 @@ def test_initialisation():
 # -- scores and command line -------------------------------------------------------------------------------------------
 
 
-def test_nmi_anchors():
-    env = gym.make_vec("ant-goal-4c").unwrapped
-    anchors = milet.nmi_anchors(env, env.task_set("test"), 4)
-    assert abs(anchors["eval/nmi_ceiling"] - 0.65) < 0.01 and abs(anchors["eval/nmi_chance"] - 0.13) < 0.01
+def test_evaluation():
+    """The scores of one who sees the goals and of one who guesses; and what the figures and the videos get."""
+    args = small_args(horizon=3)
+    env = gym.make_vec("ant-goal-4c", num_envs=32, horizon=3)
+    agent, tasks = milet.make_agent(114, 8, args), env.unwrapped.task_set("test")
+    metrics, arrays = milet.evaluate(env, tasks, agent, args)
+    assert abs(metrics["eval/nmi_ceiling"] - 0.65) < 0.01 and abs(metrics["eval/nmi_chance"] - 0.13) < 0.01
+    shapes = dict(trace=(2, 4, 32, 2), reward=(2, 3, 32), action=(2, 3, 32, 8), cluster_belief=(2, 4, 32, 4))
+    shapes |= dict(belief_mean=(2, 4, 32, 3), belief_std=(2, 4, 32, 3), embedding=(32, 3), reward_weights=(2, 3))
+    assert {name: arrays[name].shape for name in shapes} == shapes
+    assert arrays.keys() - shapes == {"params", "cluster", "seed"}
+    np.testing.assert_allclose(arrays["cluster_belief"].sum(-1), 1, rtol=1e-5)
+
+    obs, _ = env.reset(seed=arrays["seed"], options={"tasks": tasks})  # the recorded actions replay the trial
+    for episode in range(2):
+        np.testing.assert_array_equal(obs[:, :2], arrays["trace"][episode, 0])
+        for t, action in enumerate(arrays["action"][episode]):
+            obs, reward, *_ = env.step(action)
+            np.testing.assert_allclose(reward, arrays["reward"][episode, t], rtol=1e-6)
+        obs, _ = env.reset()
 
 
 ANT = (50e6, 32, (64, 32), (), 0.01, 0.001, 100, 0, 64, (128, 64), 2, 8, 0.05, 0.97, 1e-4, 1e-3)
@@ -392,20 +475,26 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("env_id", OFFICIAL)
 def test_presets_are_the_official_configurations(env_id):
-    a = milet.parse_args(["--env", env_id])
+    a = milet.parse_args(["--env", env_id, "--preset", "paper"])
     networks = (a.frames, a.hidden, a.reward_decoder, a.state_decoder, a.kl_z_weight, a.kl_c_weight, a.elbo_terms)
     policies = (a.decodes, a.policy_embed, a.policy_hidden, a.ppo_epochs, a.minibatches, a.clip, a.gamma)
     assert networks + policies + (a.entropy_phi, a.entropy_psi) == OFFICIAL[env_id]
     robot = env_id.split("-")[0]
     assert a.embed == ((32, 32, 32) if robot in ("hopper", "walker") else (32, 16, 16))
     assert a.policy_init == ("normc" if robot in ("hopper", "walker") else "orthogonal")
-    assert a.squash == (robot == "humanoid")
+    assert a.squash == ("sample" if robot == "humanoid" else "none")
 
 
 def test_flags_beat_presets():
     args = milet.parse_args(["--env", "humanoid-dir-4c", "--gamma", "0.5", "--no-consistency", "--clusters", "6"])
-    assert (args.squash, args.policy_hidden) == (True, (512, 256))
+    assert (args.squash, args.policy_hidden) == ("sample", (512, 256))
     assert (args.gamma, args.consistency, args.clusters) == (0.5, False, 6)
+
+
+def test_the_fast_preset_is_the_default_where_there_is_one():
+    assert milet.parse_args([]).preset == "fast" and milet.parse_args([]).num_envs == 32
+    assert milet.parse_args(["--preset", "paper"]).num_envs == 16
+    assert milet.parse_args(["--env", "hopper-params-4c"]).preset == "paper"
 
 
 def test_help_shows_the_preset(capsys):
@@ -417,16 +506,19 @@ def test_help_shows_the_preset(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--env", "ant-gaol-4c"], "unknown environment 'ant-gaol-4c'; did you mean ant-goal-4c"),
-        (["--resume", "nowhere"], "nowhere is not a run folder"),
-        (["--resume", "a", "--evaluate", "b"], "contradict"),
-        (["--frames", "0"], "--frames must be at least 1"),
-        (["--env", "CartPole-v1"], "unknown environment 'CartPole-v1'"),
-        (["--env", "nowhere:ant"], "No module named 'nowhere'"),
-        (["--decodes", "-1"], "--decodes must be at least 0"),
+        (["--env", "ant-dir"], "may end an episode early"),
+        (["--frames", "0"], "--frames must be from 1"),
+        (["--frames", "6000"], "--frames must be at least 6400"),
+        (["--frames", "6000", "--preset", "paper"], "--frames must be at least 6400"),
+        (["--decodes", "-1"], "--decodes must be from 0"),
         (["--num-envs", "501"], "at most 500"),
+        (["--buffer-trials", "10"], "--num-envs must be at most 500 .* and --buffer-trials"),
+        (["--minibatches", "1000000"], "--minibatches must be at most"),
         (["--temperature", "0"], "must be positive"),
-        (["--clusters", "0"], "--clusters must be at least 1"),
+        (["--lr-vae", "0"], "must be positive"),
+        (["--gamma", "2"], r"must be in \[0, 1\]"),
+        (["--reward-decoder"], "must name a layer"),
+        (["--clusters", "0"], "--clusters must be from 1"),
     ],
 )
 def test_wrong_input_gets_one_line(argv, message):

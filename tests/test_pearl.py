@@ -1,6 +1,5 @@
 """PEARL's mathematics: the posterior, the losses against slow references, buffers and blocks of collection."""
 
-import copy
 import functools
 import math
 
@@ -11,7 +10,7 @@ import probes  # noqa: F401
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
 import envs
 
@@ -33,12 +32,21 @@ def generator(seed=0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_buffer(tasks=6, steps=40, capacity=600) -> pearl.Buffer:
+def make_learner(net=None, tasks=6, steps=40, **kwargs) -> pearl.Learner:
+    """A learner that has seen `steps` random transitions of every task, in episodes of 10."""
     torch.manual_seed(1)
-    buffer = pearl.Buffer(tasks, capacity, OBS, ACTION)
+    args = small_args(horizon=10, **kwargs)
+    params = envs.Tasks(np.zeros((tasks, 1)), np.zeros(tasks, int))
+    env = gym.vector.VectorEnv()
+    env.single_observation_space = gym.spaces.Box(-1, 1, (OBS,))
+    env.single_action_space = gym.spaces.Box(-1, 1, (ACTION,))
+    learner = pearl.make_learner(lambda n: env, params, args)
+    learner.agent.load_state_dict((net or learner.agent).state_dict())
     for task in range(tasks):
-        buffer.add(task, make_episodes(steps // 10, 10), to_context=True)
-    return buffer
+        rows = learner.storage.add(make_episodes(steps // 10, 10))
+        learner.rl.add(task, rows)
+        learner.context.add(task, rows)
+    return learner
 
 
 def make_episodes(copies: int, horizon: int, alive=None) -> pearl.Episodes:
@@ -47,6 +55,13 @@ def make_episodes(copies: int, horizon: int, alive=None) -> pearl.Episodes:
     alive = torch.ones(copies, horizon, dtype=torch.bool) if alive is None else alive
     terminated = (alive & ~torch.cat([alive[:, 1:], torch.ones(copies, 1, dtype=torch.bool)], 1)).float()
     return pearl.Episodes(obs, action, reward, terminated, alive)
+
+
+def spy_on(monkeypatch, name: str) -> list[tuple]:
+    """Arguments and result of every call."""
+    calls, original = [], getattr(pearl, name)
+    monkeypatch.setattr(pearl, name, lambda *a: calls.append((a, result := original(*a))) or result)
+    return calls
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -85,21 +100,26 @@ def test_batched_networks_are_the_single_ones(agent):
         torch.testing.assert_close(out[i], modules(agent["q"], i)(torch.cat([x, y], 1)))
 
 
-@pytest.mark.parametrize("rows", [9, 600])
-def test_large_batches_take_another_way_to_the_same_numbers_and_gradients(agent, rows):
-    net, x = agent["q"], torch.randn(rows, OBS + ACTION + 2, requires_grad=True)
-    out = net(x)
-    expected = torch.stack([modules(net, i)(x) for i in range(2)])
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-    weight = torch.randn_like(out)
-    ours = torch.autograd.grad((out * weight).sum(), [x, *net.parameters()])
-    plain = [modules(net, i) for i in range(2)]
-    (sum((plain[i](x) * weight[i]).sum() for i in range(2))).backward()
-    torch.testing.assert_close(ours[0], x.grad, atol=1e-4, rtol=1e-3)
-    for k in range(3):
-        for i in range(2):
-            torch.testing.assert_close(ours[1 + k][i].T, plain[i][2 * k].weight.grad, atol=1e-3, rtol=1e-3)
-            torch.testing.assert_close(ours[4 + k][i, 0], plain[i][2 * k].bias.grad, atol=1e-3, rtol=1e-3)
+def test_features_and_head_are_the_network(agent):
+    net, x = agent["q"], torch.randn(9, OBS + ACTION + 2)
+    h = net.features(x)
+    assert h.shape == (2, 9, 6) and (h >= 0).all()
+    for i in range(2):
+        torch.testing.assert_close(h[i], modules(net, i)[:-1](x))
+    assert torch.equal(net.head(h), net(x))
+
+
+def test_onednn_takes_another_way_to_the_same_numbers_and_gradients(agent, monkeypatch):
+    net, x = agent["q"], torch.randn(600, OBS + ACTION + 2, requires_grad=True)
+    plain = net.head(net.features(x))
+    weight = torch.randn_like(plain)
+    gradients = lambda out: torch.autograd.grad((out * weight).sum(), [x, *net.parameters()])  # noqa: E731
+    fast = pearl.forward_onednn(net, x)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+    for a, b in zip(gradients(fast), gradients(plain)):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(pearl, "forward_onednn", lambda net, x: "large")
+    assert net(x) == "large" and torch.is_tensor(net(x[:511]))
 
 
 def test_squashed_density_against_change_of_variables():
@@ -158,9 +178,9 @@ def test_posterior_leaves_out_what_came_after_a_fall(agent):
 
 
 def test_tokens_with_and_without_the_next_state():
-    parts = torch.ones(2, 4, OBS), 2 * torch.ones(2, 4, ACTION), 3 * torch.ones(2, 4, 1), 4 * torch.ones(2, 4, OBS)
-    assert pearl.tokens(*parts, small_args())[0, 0].tolist() == [1, 1, 1, 2, 2, 3]
-    assert pearl.tokens(*parts, small_args(next_obs_in_context=True))[0, 0].tolist() == [1, 1, 1, 2, 2, 3, 4, 4, 4]
+    parts = pearl.Transitions(*(k * torch.ones(2, 4, n) for k, n in enumerate((OBS, ACTION, 1, OBS, 1), start=1)))
+    assert pearl.tokens(parts, small_args())[0, 0].tolist() == [1, 1, 1, 2, 2, 3]
+    assert pearl.tokens(parts, small_args(next_obs_in_context=True))[0, 0].tolist() == [1, 1, 1, 2, 2, 3, 4, 4, 4]
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -171,40 +191,36 @@ def test_the_slow_copy_starts_at_v(agent):
         assert torch.equal(slow, fast) and slow is not fast and not slow.requires_grad
 
 
-def row_batch(rows=20) -> list[torch.Tensor]:
+def row_batch(rows=20) -> pearl.Transitions:
     torch.manual_seed(2)
     terminated = (torch.rand(rows, 1) < 0.3).float()
-    return [torch.randn(rows, OBS), torch.rand(rows, ACTION), torch.randn(rows, 1), torch.randn(rows, OBS), terminated]
+    obs, action, reward, next_obs = (torch.randn(rows, n) for n in (OBS, ACTION, 1, OBS))
+    return pearl.Transitions(obs, action, reward, next_obs, terminated)
 
 
 def test_critic_loss_against_a_slow_reference(agent):
-    args, batch = small_args(), row_batch()
-    q_z = Normal(torch.randn(4, 2), torch.rand(4, 2) + 0.1)
-    z = q_z.sample().repeat_interleave(5, 0)
-    loss = pearl.critic_loss(agent, batch, z, q_z, args)
-    errors = 0.0
+    """V̄ sees the z of the next state, which need not be the one of the state."""
+    args, batch, z, next_z = small_args(), row_batch(), torch.randn(20, 2), torch.randn(20, 2)
+    expected = 0.0
     for j in range(2):
         q, target = modules(agent["q"], j), modules(agent["target"], 0)
-        for s, a, r, s2, d, latent in zip(*batch, z):
-            goal = 5 * r + (1 - d) * 0.99 * target(torch.cat([s2, latent]))
-            errors += (q(torch.cat([s, a, latent])) - goal).item() ** 2 / 20
-    assert loss["q_error"].item() == pytest.approx(errors, rel=1e-4)
-    kl = (0.5 * (q_z.variance + q_z.mean**2 - 1) - q_z.stddev.log()).sum()
-    torch.testing.assert_close(loss["kl"], kl)
-    torch.testing.assert_close(loss["loss"], loss["q_error"] + 0.1 * kl)
+        for s, a, r, s2, d, latent, next_latent in zip(*batch, z, next_z):
+            bellman = 5 * r + (1 - d) * 0.99 * target(torch.cat([s2, next_latent]))
+            expected += (q(torch.cat([s, a, latent])) - bellman).item() ** 2 / 20
+    assert pearl.critic_loss(agent, batch, z, next_z, args).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_kl_is_a_sum_over_tasks(agent):
-    args, batch, q_z = small_args(), row_batch(), Normal(torch.randn(4, 2), torch.rand(4, 2) + 0.1)
+def test_the_kl_is_a_sum_over_tasks():
+    q_z = Normal(torch.randn(4, 2), torch.rand(4, 2) + 0.1)
     twice = Normal(q_z.mean.repeat(2, 1), q_z.stddev.repeat(2, 1))
-    once = pearl.critic_loss(agent, batch, torch.zeros(20, 2), q_z, args)["kl"]
-    torch.testing.assert_close(pearl.critic_loss(agent, batch, torch.zeros(20, 2), twice, args)["kl"], 2 * once)
-    torch.testing.assert_close(once, kl_divergence(q_z, Normal(0.0, 1.0)).sum())
+    kl = pearl.kl_to_prior(q_z)
+    torch.testing.assert_close(kl, (0.5 * (q_z.variance + q_z.mean**2 - 1) - q_z.stddev.log()).sum())
+    torch.testing.assert_close(pearl.kl_to_prior(twice), 2 * kl)
 
 
 def test_actor_loss_against_a_slow_reference(agent):
-    args, (obs, *_), z, noise = small_args(), row_batch(), torch.randn(20, 2), torch.randn(20, ACTION)
-    loss = pearl.actor_loss(agent, obs, z, noise, args)
+    args, obs, z, noise = small_args(), row_batch().obs, torch.randn(20, 2), torch.randn(20, ACTION)
+    ours = [x.item() for x in pearl.actor_loss(agent, obs, z, noise, args)]
     v_error = policy_loss = penalty = 0.0
     policy, v, q = modules(agent["policy"], 0), modules(agent["v"], 0), [modules(agent["q"], j) for j in range(2)]
     for s, latent, eps in zip(obs, z, noise):
@@ -216,43 +232,36 @@ def test_actor_loss_against_a_slow_reference(agent):
         v_error += (v(torch.cat([s, latent])).item() - (min_q - log_pi.item())) ** 2 / 20
         policy_loss += (log_pi.item() - min_q) / 20
         penalty += 1e-3 * ((mean**2).mean() + (log_std**2).mean()).item() / 20
-    assert loss["v_error"].item() == pytest.approx(v_error, rel=1e-4)
-    assert loss["policy_loss"].item() == pytest.approx(policy_loss + penalty, rel=1e-4, abs=1e-5)
+    assert ours[:2] == pytest.approx([v_error, policy_loss + penalty], rel=1e-4, abs=1e-5)
 
 
-def test_only_the_critic_and_the_kl_train_the_encoder(agent):
-    args, batch = small_args(), row_batch()
-    q_z = pearl.posterior(agent["encoder"], torch.randn(4, 8, OBS + ACTION + 1))
+def test_only_the_critic_and_the_kl_train_the_encoder(monkeypatch):
+    learner = make_learner()
+    encoder = list(learner.agent["encoder"].parameters())
+    q_z = pearl.posterior(learner.agent["encoder"], torch.randn(4, 8, OBS + ACTION + 1))
     z = pearl.draw(q_z, generator()).repeat_interleave(5, 0)
-    encoder = list(agent["encoder"].parameters())
-    for term in ("q_error", "kl"):
-        loss = pearl.critic_loss(agent, batch, z, q_z, args)[term]
+    for loss in (pearl.critic_loss(learner.agent, row_batch(), z, z, learner.args), pearl.kl_to_prior(q_z)):
         assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, encoder, retain_graph=True))
-    seen = []
-    original = pearl.actor_loss
-    pearl_args = small_args()
-    try:
-        pearl.actor_loss = lambda agent, obs, z, noise, args: seen.append(z) or original(agent, obs, z, noise, args)
-        pearl.gradient_step(agent, pearl.make_optimizers(agent, pearl_args), make_buffer(), generator(), pearl_args)
-    finally:
-        pearl.actor_loss = original
-    assert not seen[0].requires_grad
+    seen = spy_on(monkeypatch, "actor_loss")
+    pearl.gradient_step(learner, generator())
+    (_, _, z, *_), _ = seen[0]
+    assert not z.requires_grad
 
 
 def test_gradient_step_against_the_official_order_with_five_optimisers(agent):
     """Five plain Adams, one after the other, in the order of the spec; networks as PyTorch's layers."""
-    args, buffer = small_args(), make_buffer()
+    learner = make_learner(agent)
+    agent = learner.agent
     nets = {name: modules(agent[name], 0) for name in ("encoder", "policy", "v", "target")}
     nets |= {f"q{j}": modules(agent["q"], j) for j in range(2)}
     adam = {name: torch.optim.Adam(net.parameters(), 3e-4) for name, net in nets.items() if name != "target"}
-    optimizers = pearl.make_optimizers(agent, args)
     for i in range(3):
-        pearl.gradient_step(agent, optimizers, buffer, generator(i), args)
+        pearl.gradient_step(learner, generator(i))
 
         rng = generator(i)
         tasks = torch.randint(6, (4,), generator=rng)
-        context = torch.cat(buffer.sample_context(tasks, 8, rng)[:3], -1)
-        s, a, r, s2, d = (x.flatten(0, 1) for x in buffer.sample(tasks, 5, rng))
+        context = torch.cat(learner.storage.read(learner.context.sample(tasks, 8, rng))[:3], -1)
+        s, a, r, s2, d = (x.flatten(0, 1) for x in learner.storage.read(learner.rl.sample(tasks, 5, rng)))
         noise = torch.randn(20, ACTION, generator=rng)
         mean, raw = nets["encoder"](context).chunk(2, -1)
         var_n = nn.functional.softplus(raw)
@@ -290,113 +299,139 @@ def test_gradient_step_against_the_official_order_with_five_optimisers(agent):
             torch.testing.assert_close(bias[copy_, 0], layer.bias, atol=1e-6, rtol=1e-4)
 
 
-# -- buffer and collection ---------------------------------------------------------------------------------------------
+# -- replay data and collection ----------------------------------------------------------------------------------------
 
 
-def test_buffer_keeps_the_steps_taken_and_their_successors():
-    buffer = pearl.Buffer(2, 100, OBS, ACTION)
-    alive = torch.ones(2, 5, dtype=torch.bool)
+def test_storage_keeps_the_steps_taken_and_their_successors():
+    storage, alive = pearl.Storage(OBS, ACTION), torch.ones(2, 5, dtype=torch.bool)
     alive[1, 3:] = False
     episodes = make_episodes(2, 5, alive)
-    buffer.add(0, make_episodes(1, 5), to_context=True)
-    buffer.add(1, episodes, to_context=False)
-    assert buffer.size.tolist() == [5, 8] and buffer.used == 6 + 6 + 4
-    found = buffer.sample(torch.tensor([1]), 500, generator())
+    storage.add(make_episodes(1, 5))
+    rows = storage.add(episodes)
+    assert len(rows) == 8 and storage.used == 6 + 6 + 4
     expected = [torch.cat([x[0, :5], x[1, :3]]) for x in (episodes.obs, episodes.action, episodes.reward[..., None])]
     expected += [torch.cat([episodes.obs[0, 1:], episodes.obs[1, 1:4]]), torch.tensor([0.0] * 7 + [1])[:, None]]
-    rows = [torch.cat([x[n] for x in expected]).tolist() for n in range(8)]
-    drawn = torch.cat(found, -1)[0].tolist()
-    assert {tuple(r) for r in drawn} == {tuple(r) for r in rows}, "a fall ends, a time limit does not"
+    for found, wanted in zip(storage.read(rows[None]), expected):
+        assert torch.equal(found[0], wanted), "a fall ends, a time limit does not"
 
 
-def cache_of_envs(env_id: str, horizon: int):
-    return functools.cache(lambda n: gym.make_vec(env_id, num_envs=n, horizon=horizon))
+def test_storage_grows_and_keeps_what_it_has():
+    storage = pearl.Storage(OBS, ACTION)
+    episodes = make_episodes(1, 40_000)
+    rows = [storage.add(episodes) for _ in range(4)]
+    for r in rows:
+        assert torch.equal(storage.read(r[None]).next_obs[0], episodes.obs[0, 1:])
 
 
-def marked(value: float, copies: int) -> pearl.Episodes:
-    return make_episodes(copies, 10)._replace(reward=torch.full((copies, 10), value))
+def test_index_samples_each_of_its_own_rows():
+    index = pearl.Index(3)
+    for i, rows in ((0, [5, 6]), (2, [7, 8]), (0, [9])):
+        index.add(i, torch.tensor(rows))
+    drawn = index.sample(torch.tensor([0, 2, 2]), 600, generator())
+    assert [sorted(set(d.tolist())) for d in drawn] == [[5, 6, 9], [7, 8], [7, 8]]
+    assert not torch.equal(drawn[1], drawn[2])
+    assert torch.bincount(drawn[0])[[5, 6, 9]].min() > 150, "uniform"
 
 
-def test_buffer_samples_only_what_is_there_and_the_context_only_its_own():
-    buffer = pearl.Buffer(3, 200, OBS, ACTION)
-    visits = (0, 1, True, False), (2, 2, True, False), (2, 3, True, True), (0, 6, False, False), (2, 4, False, False)
-    for task, value, to_context, clear in visits:
-        if clear:
-            buffer.clear_context(task)
-        buffer.add(task, marked(float(value), 2), to_context)
-    tasks = torch.tensor([0, 2, 2])
-    rewards, context = (f(tasks, 600, generator())[2][..., 0] for f in (buffer.sample, buffer.sample_context))
-    assert [set(r.tolist()) for r in rewards] == [{1.0, 6.0}, {2.0, 3.0, 4.0}, {2.0, 3.0, 4.0}]
-    assert [set(r.tolist()) for r in context] == [{1.0}, {3.0}, {3.0}]
-
-
-def test_buffer_grows_its_index():
-    buffer = pearl.Buffer(2, 1100 * 11, OBS, ACTION)
-    for value in (1.0, 2.0):
-        buffer.add(1, marked(value, 550), to_context=True)
-    assert buffer.size.tolist() == [0, 11_000]
-    rewards = buffer.sample_context(torch.tensor([1]), 4000, generator())[2]
-    assert rewards.mean().item() == pytest.approx(1.5, abs=0.05)
-
-
-def test_buffer_state_survives():
-    buffer = make_buffer()
-    buffer.clear_context(3)
-    buffer.add(3, make_episodes(2, 10), to_context=True)
-    again = pearl.Buffer(6, 600, OBS, ACTION)
-    again.load_state_dict(copy.deepcopy(buffer.state_dict()))
-    for b in (buffer, again):
+def test_replay_data_survive_a_checkpoint(tmp_path):
+    learner, again = make_learner(), make_learner(tasks=0)
+    torch.save({k: getattr(learner, k).state_dict() for k in ("storage", "rl", "context")}, tmp_path / "x.pt")
+    state = torch.load(tmp_path / "x.pt", weights_only=True)
+    for name, part in state.items():
+        getattr(again, name).load_state_dict(part)
+    for each in (learner, again):
         torch.manual_seed(5)
-        b.add(1, make_episodes(2, 10), to_context=True)
-    tasks = torch.tensor([0, 5, 1, 3])
-    for name in ("sample", "sample_context"):
-        for a, b in zip(getattr(buffer, name)(tasks, 9, generator()), getattr(again, name)(tasks, 9, generator())):
-            assert torch.equal(a, b)
+        each.rl.add(1, each.storage.add(make_episodes(2, 10)))
+    for name in ("rl", "context"):
+        rows, same = (getattr(x, name).sample(torch.tensor([0, 5, 1, 3]), 9, generator()) for x in (learner, again))
+        assert torch.equal(rows, same)
+        assert all(torch.equal(a, b) for a, b in zip(learner.storage.read(rows), again.storage.read(rows)))
 
 
-def test_blocks_of_an_iteration(monkeypatch, tmp_path):
-    """Episodes a block, prior z first, clearing only of visited tasks, extra data never in the context (spec 4.5-6)."""
-    buffers, calls, draws = [], [], []
-    init, collect, draw = pearl.Buffer.__init__, pearl.collect, pearl.draw_posterior
-
-    def spy(make_env, agent, buffer, train_tasks, tasks, z, rng, to_context, clear):
-        before = buffer.size.clone(), buffer.context_start.clone(), buffer.context_end.clone()
-        episodes = collect(make_env, agent, buffer, train_tasks, tasks, z, rng, to_context, clear)
-        after = buffer.size.clone(), buffer.context_start.clone(), buffer.context_end.clone()
-        calls.append((tasks, z.clone(), to_context, before, after))
-        return episodes
-
-    monkeypatch.setattr(pearl.Buffer, "__init__", lambda self, *a: buffers.append(self) or init(self, *a))
-    monkeypatch.setattr(pearl, "collect", spy)
-    monkeypatch.setattr(pearl, "draw_posterior", lambda *a: draws.append(draw(*a)) or draws[-1])
-    monkeypatch.setattr(pearl.signal, "signal", lambda *_: None)
-    args = small_args(
-        env="point-goal-4c", train_tasks=6, horizon=20, initial_steps=30, visits=2, prior_steps=41, posterior_steps=40,
-        extra_steps=60, gradient_steps=1, iterations=1, run_dir=str(tmp_path),
-    )  # fmt: skip
-    pearl.train(args)
-    assert [(len(v), z.shape[1], to_context) for v, z, to_context, *_ in calls] == [
-        (6, 2, True), (2, 3, True), (2, 1, True), (2, 1, True), (2, 3, False),
-    ]  # fmt: skip
-    visited, untouched = calls[1][0], [t for t in range(6) if t not in calls[1][0]]
-    assert len(set(visited.tolist())) == 2, "a seed with two different tasks"
-    for _, _, to_context, (size, _, end), (size_after, start_after, end_after) in calls[1:]:
-        assert (size_after > size)[visited].all() and (size_after == size)[untouched].all()
-        assert ((end_after > end)[visited] == to_context).all() and (end_after == end)[untouched].all()
-        assert (start_after[visited] == 40).all() and (start_after[untouched] == 0).all(), "cleared, and only these"
-    assert buffers[0].context_end[visited].tolist() == [140, 140] and buffers[0].size[visited].tolist() == [200, 200]
-    assert len(draws) == 2, "after the first episode of the posterior block, and for the extra block but its first"
-    assert torch.equal(calls[3][1][:, 0], draws[0]) and torch.equal(calls[4][1][:, 1:], draws[1].view(2, 3, 2)[:, 1:])
+def real_learner(env_id: str, n: int, **kwargs) -> pearl.Learner:
+    torch.manual_seed(0)
+    args = small_args(env=env_id, **kwargs)
+    make_env = functools.cache(lambda n: gym.make_vec(env_id, num_envs=n, horizon=args.horizon))
+    return pearl.make_learner(make_env, make_env(1).unwrapped.task_set("train")[:n], args)
 
 
-def test_a_task_visited_twice_keeps_one_prior_block_and_both_posterior_blocks(agent):
-    args, env = small_args(env="point-goal-4c", horizon=10), cache_of_envs("point-goal-4c", 10)
-    net, tasks = pearl.make_agent(2, 2, args), env(1).unwrapped.task_set("train")[:3]
-    buffer, twice = pearl.Buffer(3, 500, 2, 2), torch.tensor([1, 1])
-    for to_context, clear in ((True, True), (True, False), (False, False)):
-        pearl.collect(env, net, buffer, tasks, twice, torch.zeros(2, 4, 2), generator(), to_context, clear)
-    assert buffer.size.tolist() == [0, 3 * 2 * 40, 0]
-    assert (buffer.context_start[1], buffer.context_end[1]) == (40, 160), "D1"
+def test_blocks_of_an_iteration(monkeypatch):
+    """Episodes a block, prior z first, extra data never in the context, only visited tasks cleared."""
+    blocks = dict(prior_steps=41, posterior_steps=40, extra_steps=60)
+    learner = real_learner("point-goal-4c", 6, horizon=20, visits=2, **blocks)
+    pearl.collect(learner, torch.arange(6), learner.context, 30, False, True, rng := generator(1))
+    assert learner.frames == 6 * 40 and [len(r) for r in learner.context.rows] == [40] * 6
+    old = list(learner.context.rows)
+    played, drawn = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "posterior_z")
+    returns = pearl.collect_iteration(learner, rng)
+    assert learner.frames == 6 * 40 + 2 * (60 + 40 + 60) and len(returns) == 3
+    assert [len(a[3]) for a, _ in played] == [2 * 3, 2, 2, 2 * 3], "rounds of 2 visits"
+    z = [a[3].view(2, -1, 2) for a, _ in played]
+    torch.testing.assert_close(z[2], drawn[1][1])
+    torch.testing.assert_close(z[3][:, 1:], drawn[2][1][:, 1:])
+    for first, (_, inferred) in ((z[1], drawn[0]), (z[3], drawn[2])):
+        assert (first[:, 0] != inferred[:, 0]).all(), "the first z of a block comes from the prior"
+    visited = [task for task in range(6) if len(learner.rl.rows[task]) > 40]
+    assert len(visited) == 2, "a seed with two different tasks"
+    for task in range(6):
+        rows, context = learner.rl.rows[task], learner.context.rows[task]
+        assert torch.equal(context, rows[40:140] if task in visited else old[task])
+        assert len(rows) == (200 if task in visited else 40)
+
+
+def test_every_visit_infers_from_its_own_context_and_the_last_one_stays(monkeypatch):
+    learner = real_learner("point-goal-4c", 1, horizon=10, visits=3, prior_steps=20, posterior_steps=20, extra_steps=30)
+    seen = spy_on(monkeypatch, "posterior")
+    pearl.collect_iteration(learner, generator())
+    rows = learner.rl.rows[0].view(-1, 10)  # [episode, step], all of one task
+    prior, one, two = rows[:6].view(3, 20), rows[6:9], rows[9:12]  # [visit, step], the two of the posterior block
+    assert torch.equal(learner.context.rows[0], torch.cat([prior[2], one[2], two[2]]))
+    states = lambda rows: set(map(tuple, learner.storage.data["obs"][rows].tolist()))  # noqa: E731
+    context = [tokens[..., :2] for (_, tokens), _ in seen]  # [z, token, 2]
+    for i in range(3):
+        assert set(map(tuple, context[0][i].tolist())) <= states(prior[i])
+        in_extra = set(map(tuple, context[-1].view(3, -1, 2)[i].tolist()))
+        assert in_extra <= states(torch.cat([prior[i], one[i], two[i]])) and not in_extra <= states(prior[i])
+
+
+@pytest.mark.parametrize("infer, to_context", [(False, True), (True, True), (True, False)])
+def test_blocks_are_of_steps_where_walkers_fall(monkeypatch, infer, to_context):
+    learner = real_learner("walker-dir", 2, horizon=200)  # an untrained walker falls after some 45 steps
+    tasks, contexts = torch.tensor([0, 1, 0]), pearl.Index(3)
+    pearl.collect(learner, tasks, contexts, 100, False, True, rng := generator())
+    before = [len(r) for r in contexts.rows]
+    played = spy_on(monkeypatch, "rollout")
+    pearl.collect(learner, tasks, contexts, 500, infer, to_context, rng)
+    taken, sequential = torch.zeros(3), infer and to_context
+    for (*_, play), episodes in played:
+        play = torch.from_numpy(play).view(3, -1)
+        missing = (500 - taken).clamp(min=0)
+        needed = (missing > 0).long() if sequential else (missing / 200).ceil().long()
+        assert play.sum(1).tolist() == needed.tolist(), "no episode more than one after another would have been"
+        assert not episodes.alive[~play.flatten()].any()
+        taken += episodes.alive.view(3, -1).sum(1)
+    assert len(played) > 3 and (taken >= 500).all() and (taken < 700).all()
+    assert learner.frames == sum(before) + taken.sum()
+    assert [len(r) - b for r, b in zip(contexts.rows, before)] == (taken.tolist() if to_context else [0] * 3)
+
+
+class Breaks(envs.ENVIRONMENTS["point-goal-4c"]):
+    """The simulation of copy 1 diverges in step 4."""
+
+    def diverged(self):
+        return (np.arange(self.num_envs) == 1) & (self.elapsed == 4)
+
+
+def test_a_diverged_simulation_is_no_fall_and_its_last_step_is_dropped():
+    env, net = Breaks(num_envs=2, horizon=6), pearl.make_agent(2, 2, small_args())
+    everyone, noise = np.ones(2, bool), torch.randn(6, 2, 2, generator=generator())
+    episodes = pearl.rollout(env, env.task_set("train")[:2], net["policy"], torch.zeros(2, 2), 0, noise, everyone)
+    assert episodes.alive.sum(1).tolist() == [6, 3] and not episodes.terminated.any()
+    storage = pearl.Storage(2, 2)
+    rows = storage.add(episodes)
+    kept = storage.read(rows[None])
+    assert len(rows) == 9 and not kept.terminated.any()
+    assert torch.equal(kept.next_obs[0, -1], episodes.obs[1, 3])
 
 
 def make_fall(policy: pearl.MLP) -> None:
@@ -407,16 +442,13 @@ def make_fall(policy: pearl.MLP) -> None:
 @pytest.mark.parametrize("test", [True, False])
 def test_rollout_replayed_one_copy_at_a_time(agent, test):
     torch.manual_seed(0)
-    args = small_args()
-    net = pearl.make_agent(17, 6, args)["policy"]
+    net = pearl.make_agent(17, 6, small_args())["policy"]
     env = gym.make_vec("walker-dir", num_envs=3, horizon=200)
     tasks, z = env.unwrapped.sample_tasks(3, np.random.default_rng(0)), torch.randn(3, 2)
     make_fall(net)
-    rng = generator(4)
-    episodes = pearl.rollout(env, tasks, net, z, rng, test)
+    seed, noise = 7, torch.randn(200, 3, 6, generator=generator(4)) * (not test)
+    episodes = pearl.rollout(env, tasks, net, z, seed, noise, np.ones(3, bool))
     assert 0 < episodes.terminated.sum() and not episodes.alive.all(), "some fall"
-    rng = generator(4)
-    seed, noise = pearl.random_seed(rng), torch.randn(200, 3, 6, generator=rng) * (not test)
     for i in range(3):
         alone = gym.make_vec("walker-dir", num_envs=1, horizon=200)
         obs, _ = alone.reset(seed=seed + i, options={"tasks": tasks[i]})
@@ -440,28 +472,27 @@ def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypat
     env = gym.make_vec("walker-dir", num_envs=4, horizon=200)
     tasks, net = env.unwrapped.sample_tasks(4, np.random.default_rng(0)), pearl.make_agent(17, 6, args)
     make_fall(net["policy"])
-    calls, rollout, rng = [], pearl.rollout, generator(10**6)
-
-    def spy(env, tasks, policy, z, rng, test):
-        assert test
-        calls.append((z, episode := rollout(env, tasks, policy, z, rng, test)))
-        return episode
-
-    monkeypatch.setattr(pearl, "rollout", spy)
+    calls, rng = spy_on(monkeypatch, "rollout"), generator(10**6)
     metrics, data = pearl.evaluate(env, tasks, net, args)
     assert len(calls) == 4 and not all(episode.alive.all() for _, episode in calls), "some fall"
-    for k, (z, _) in enumerate(calls):
+    for k, ((*_, z, seed, noise, play), _) in enumerate(calls):
         mean, std = torch.zeros(4, 2), torch.ones(4, 2)
         for i in range(4) if k >= 2 else ():
             steps = [[x[i][e.alive[i]] for x in (e.obs[:, :-1], e.action, e.reward[..., None])] for _, e in calls[:k]]
             q_z = pearl.posterior(net["encoder"], torch.cat([torch.cat(s, 1) for s in steps])[None])
             mean[i], std[i] = q_z.mean[0], q_z.stddev[0]
         torch.testing.assert_close(z, mean + std * torch.randn(4, 2, generator=rng))
-        pearl.random_seed(rng)  # of the environments
+        assert seed == pearl.random_seed(rng) and not noise.any() and play.all()
     assert [f"eval/return_episode_{k}" in metrics for k in (1, 4, 5)] == [True, True, False]
-    assert data["trace"].shape == (4, 201, 4, 2) and data["latent"].shape == (4, 4)
+    assert data["trace"].shape == (4, 201, 4, 2) and data["embedding"].shape == (4, 2)
     monkeypatch.undo()
     assert pearl.evaluate(env, tasks, net, args)[0] == metrics
+    for k in range(4):
+        obs, _ = env.reset(seed=int(data["seed"][k]), options={"tasks": tasks})
+        for t in range(200):
+            np.testing.assert_array_equal(data["trace"][k, t], obs[:, :2])
+            obs, *_ = env.step(data["action"][k, t])
+    assert data["action"].dtype == np.float32
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -481,6 +512,7 @@ def test_training_tasks_are_the_first_different_ones():
         ("cheetah-dir", 2, 4, 2000, 1000, 1000, 2000, 256, 5, False),
         ("cheetah-vel", 100, 16, 2000, 400, 600, 2000, 100, 5, False),
         ("ant-dir", 2, 4, 2000, 400, 600, 4000, 256, 5, False),
+        ("walker-dir", 2, 4, 2000, 1000, 1000, 2000, 256, 5, False),
         ("ml2", 4, 4, 2000, 1000, 1000, 2000, 256, 10, False),
         ("ant-goal-4c", 500, 16, 200, 400, 600, 4000, 256, 5, False),
         ("hopper-params-4c", 500, 16, 200, 400, 600, 4000, 256, 5, True),
@@ -501,22 +533,23 @@ def test_presets_are_the_papers(
 
 
 def test_every_preset_names_an_environment_and_fields():
-    for env_id, preset in pearl.PRESETS.items():
-        assert env_id in envs.ENVIRONMENTS
-        args = pearl.parse_args(["--env", env_id])
-        assert all(getattr(args, k) == v for k, v in preset.items())
+    for name, presets in (("paper", pearl.PAPER), ("fast", pearl.FAST)):
+        for env_id, preset in presets.items():
+            assert env_id in envs.ENVIRONMENTS
+            args = pearl.parse_args(["--env", env_id, "--preset", name])
+            assert all(getattr(args, k) == v for k, v in preset.items())
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--env", "point-goal-5c"], "did you mean point-goal-4c"),
-        (["--batch", "0"], "--batch must be at least 1"),
-        (["--tau", "0"], "--tau in (0, 1]"),
-        (["--lr", "nan"], "--lr must be finite"),
+        (["--train-tasks", "501"], "--train-tasks must be at most 500"),
+        (["--batch", "0"], "--batch must be"),
+        (["--tau", "0"], "--tau must be in (0, 1]"),
+        (["--gamma", "1.1"], "--gamma must be in [0, 1]"),
         (["--reward-scale", "-1"], "must be positive"),
+        (["--kl-weight", "-1"], "--kl-weight must be at least 0"),
         (["--env", "point-goal-4c", "--eval-prior-episodes", "5"], "at most --eval-episodes"),
-        (["--resume", "nowhere"], "not a run folder"),
     ],
 )
 def test_wrong_input_gets_one_line(flags, message):

@@ -12,6 +12,8 @@ from test_maml import double, make_batch  # noqa: F401  (float64 throughout)
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+import envs
+
 
 def small_args(**kwargs) -> promp.Args:
     return promp.Args(**(dict(hidden=(5,), rollouts=3, horizon=4, num_threads=1) | kwargs))
@@ -30,7 +32,7 @@ def make_data(policy, agent, learner, args) -> list[promp.Batch]:
     """D_0 .. D_n of tasks of some learners."""
     theta, alpha, data = agent["theta"].detach()[learner], agent["alpha"].detach()[learner], []
     for k in range(args.inner_steps + 1):
-        theta = promp.adapt(policy, theta, data[-1], alpha) if k > 0 else theta
+        theta = promp.adapt(policy, theta, data[-1], alpha, args) if k > 0 else theta
         data.append(promp.Batch(*make_batch(policy, theta, args)))
     return data
 
@@ -81,7 +83,7 @@ def test_updates_against_adam_on_the_plain_objective(steps, train_alpha):
     for k, batch in enumerate(data):  # the KLs, at the new parameters
         theta_k = theta.detach().expand(6, -1)
         for before in data[:k]:
-            theta_k = promp.adapt(policy, theta_k, before, alpha.detach())
+            theta_k = promp.adapt(policy, theta_k, before, alpha.detach(), args)
         name = "kl_outer" if k == steps else f"kl_inner_{k}"
         kl = promp.mean_kl(*policy(theta_k, batch.obs), batch).mean()
         assert stats[f"promp/{name}"] == pytest.approx(kl.item()) and kl > 1e-6
@@ -95,8 +97,8 @@ def test_gradient_against_finite_differences():
     alpha = agent["alpha"].detach()[0]
 
     def objective(theta):
-        expand = theta.expand(4, -1), alpha.expand(4, -1), agent["eta"].expand(4, -1)
-        return promp.meta_objective(policy, *expand, data, args.clip)[0].mean()
+        rates = alpha.expand(4, -1), agent["eta"].expand(4, -1)
+        return promp.meta_objective(policy, theta.expand(4, -1), data, *rates, args)[0].mean()
 
     leaf = point.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(leaf), leaf)
@@ -111,8 +113,8 @@ def test_the_kl_is_zero_in_the_first_of_the_steps_with_its_gradient():
     args = small_args(inner_steps=2)
     policy, agent, _ = make_agent(args)
     data = make_data(policy, agent, np.zeros(4, int), args)
-    start = (agent[k][np.zeros(4, int)] for k in ("theta", "alpha", "eta"))
-    _, _, kl = promp.meta_objective(policy, *start, data, args.clip)
+    theta, alpha, eta = (agent[k][np.zeros(4, int)] for k in ("theta", "alpha", "eta"))
+    _, _, kl = promp.meta_objective(policy, theta, data, alpha, eta, args)
     torch.testing.assert_close(kl, torch.zeros_like(kl), atol=1e-14, rtol=0)
     (gradient,) = torch.autograd.grad(kl.sum(), agent["theta"])
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
@@ -139,16 +141,24 @@ def test_without_adaptation_it_is_ppo_without_minibatches():
     torch.testing.assert_close(agent["theta"].detach(), theta.detach())
 
 
-def test_inner_step_is_mamls_likelihood_ratio():
-    args = small_args()
+@pytest.mark.parametrize("steps", [1, 2])
+def test_inner_steps_and_first_gradient_are_those_of_maml_with_the_likelihood_ratio(steps):
+    """Where the data was sampled no ratio is clipped, and the KLs have no gradient; a rate of each parameter."""
+    args = small_args(inner_steps=steps, eta=2.0)
+    mamls = maml.Args(inner_loss="likelihood-ratio", inner_steps=steps)
     policy, agent, _ = make_agent(args)
-    theta, alpha = (agent[k].detach()[np.zeros(3, int)] for k in ("theta", "alpha"))
-    batch = make_batch(policy, theta, args)
-    gradient, hessian = maml.inner_gradient(policy, theta, batch, "likelihood-ratio")
-    torch.testing.assert_close(promp.adapt(policy, theta, batch, alpha), theta - args.alpha * gradient)
-    leaf, v = theta.clone().requires_grad_(), torch.randn_like(theta)
-    adapted = promp.adapt(policy, leaf, batch, alpha, differentiable=True)
-    torch.testing.assert_close(torch.autograd.grad(adapted, leaf, v)[0], v - args.alpha * hessian(v))
+    agent["alpha"].data *= 5 * torch.rand_like(agent["alpha"])
+    data = make_data(policy, agent, np.zeros(6, int), args)
+    theta, alpha, eta = (agent[k].detach()[np.zeros(6, int)] for k in ("theta", "alpha", "eta"))
+    for batch in data[:-1]:
+        step = promp.adapt(policy, theta, batch, alpha, args)
+        torch.testing.assert_close(step, theta - alpha * maml.inner_gradient(policy, theta, batch, mamls)[0])
+        torch.testing.assert_close(step, maml.adapt(policy, theta, batch, alpha, mamls))
+    leaf = theta[0].clone().requires_grad_()
+    loss, s, _ = promp.meta_objective(policy, leaf.expand(6, -1), data, alpha, eta, args)
+    surrogate, gradient, _ = maml.linearise(policy, theta[0], data, alpha[0], mamls)
+    torch.testing.assert_close(torch.autograd.grad(loss.mean(), leaf)[0], gradient)
+    torch.testing.assert_close(s.mean(), surrogate)
 
 
 def test_learners_are_trained_on_their_own_tasks_alone():
@@ -186,8 +196,8 @@ def test_eta_follows_the_kl_of_its_learner_and_step_after_the_update():
     kl = torch.zeros(2, 2)  # [learner, n], at the new θ
     for m in range(2):
         mine, rows = [batch.of(learner == m) for batch in data], np.full((learner == m).sum(), m)
-        start = (again[name].detach()[rows].requires_grad_() for name in ("theta", "alpha", "eta"))
-        kl[m] = promp.meta_objective(policy, *start, mine, args.clip)[2][:-1].mean(1).detach()
+        theta, alpha, eta = (again[name].detach()[rows].requires_grad_() for name in ("theta", "alpha", "eta"))
+        kl[m] = promp.meta_objective(policy, theta, mine, alpha, eta, args)[2][:-1].mean(1).detach()
     args = dataclasses.replace(args, kl_target=kl.mean().item())
     promp.promp_update(policy, agent, optimizer, learner, data, args)
     torch.testing.assert_close(agent["theta"].detach(), again["theta"].detach())
@@ -204,12 +214,40 @@ def test_evaluation_uses_the_parameters_of_each_learner(monkeypatch):
     agent = promp.make_agent(policy, 4, torch.Generator().manual_seed(0), args)
     agent["alpha"].data *= torch.arange(1, 5)[:, None]
     calls, adapt = [], promp.adapt
-    monkeypatch.setattr(
-        promp, "adapt", lambda p, theta, b, alpha: calls.append((theta, alpha)) or adapt(p, theta, b, alpha)
-    )
-    promp.evaluate(env, tasks, policy, agent, args)
+    monkeypatch.setattr(promp, "adapt", lambda *a: calls.append((a[1], a[3])) or adapt(*a))
+    metrics, arrays = promp.evaluate(env, tasks, policy, agent, args)
     assert len(calls) == 2 and torch.equal(calls[0][0], agent["theta"][tasks.cluster])
     assert all(torch.equal(alpha, agent["alpha"][tasks.cluster]) for _, alpha in calls)
+    assert arrays["returns"].shape == (3, 8, args.rollouts) and arrays["trace"].shape == (3, args.horizon, 8, 2)
+    for k in range(3):
+        assert metrics[f"eval/return_step_{k}"] == pytest.approx(arrays["returns"][k].mean())
+    assert promp.evaluate(env, tasks, policy, agent, args)[0] == metrics
+
+
+def test_training_samples_with_the_parameters_of_each_learner(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    flags = dict(env="point-goal-4c", tasks=4, oracle=True, train_alpha=True, lr=0.05, iterations=2)
+    args = small_args(**flags, run_dir=str(tmp_path))
+    run, updates, update = promp.Run(args), [], promp.promp_update
+
+    def record(policy, agent, optimizer, learner, data, args):
+        before = {name: value.detach().clone() for name, value in agent.items()}
+        updates.append((policy, before, learner, data))
+        return update(policy, agent, optimizer, learner, data, args)
+
+    monkeypatch.setattr(promp, "promp_update", record)
+    promp.train(args, run)
+    assert len(updates) == 2
+    for policy, before, learner, (first, second) in updates:
+        assert sorted(learner) == [0, 1, 2, 3]
+        theta = before["theta"][learner]
+        torch.testing.assert_close(first.mean, policy(theta, first.obs)[0])
+        theta = promp.adapt(policy, theta, first, before["alpha"][learner], args)
+        torch.testing.assert_close(second.mean, policy(theta, second.obs)[0])
+    assert len(updates[1][1]["theta"][:, 0].unique()) == 4 and updates[1][1]["alpha"].std() > 0.01
+    saved = torch.load(run.path / "checkpoint.pt", weights_only=True)
+    assert saved["adam"]["state"][0]["step"] == 2 * args.updates
+    assert saved["agent"].keys() == {"theta", "alpha", "eta"}
 
 
 @pytest.mark.parametrize("env_id, random", [("cheetah-dir", False), ("ant-dir", False), ("walker-params-4c", True)])
@@ -220,19 +258,29 @@ def test_presets_are_the_official_runs(env_id, random):
     assert (a.horizon, a.alpha, a.updates, a.eta) == ((200, 0.05, 3, 1e-3) if random else (100, 0.1, 5, 5e-4))
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--env", "cheetah-dri"], "did you mean cheetah-dir"),
-        (["--oracle", "--env", "cheetah-vel"], "--oracle needs clusters"),
-        (["--eta", "-1"], "at least 0"),
-        (["--lr", "0"], "must be positive"),
-        (["--inner-steps", "0", "--train-alpha"], "need --inner-steps"),
-        (["--tasks", "1"], "--tasks must be at least 2"),
-        (["--evaluate", "nowhere"], "not a run folder"),
-    ],
-)
-def test_wrong_input_gets_one_line(argv, message):
-    with pytest.raises(SystemExit, match=message) as error:
-        promp.parse_args(argv)
-    assert "\n" not in str(error.value)
+POSITIVE = "--alpha, --action-scale, --lr, --clip and --kl-target must be positive"
+RULES = [
+    ("--env cheetah-vel --oracle", "--oracle needs clusters, and cheetah-vel has none"),
+    ("--tasks 1", "--tasks must be at least 2, which hold every cluster"),
+    ("--oracle --tasks 3", "--oracle needs --tasks to be a multiple of 2"),
+    ("--mask-pad-actions", "--mask-pad-actions is for environments of several robots"),
+    ("--inner-steps 0 --train-alpha", "--train-alpha and --adapt-eta need --inner-steps of at least 1"),
+    ("--inner-steps 0 --adapt-eta", "--train-alpha and --adapt-eta need --inner-steps of at least 1"),
+    *((f"--{name} 0", POSITIVE) for name in ("alpha", "action-scale", "lr", "clip", "kl-target")),
+    ("--eta -1", "--eta must be at least 0"),
+    ("--gamma 2", "--gamma and --gae-lambda must be in [0, 1]"),
+    ("--gae-lambda -0.5", "--gamma and --gae-lambda must be in [0, 1]"),
+]
+
+
+@pytest.mark.parametrize("flags, message", RULES)
+def test_what_must_hold(flags, message):
+    with pytest.raises(SystemExit) as caught:
+        promp.parse_args(flags.split())
+    assert str(caught.value) == f"promp.py: error: {message}"
+
+
+def test_every_rule_has_a_case():
+    assert len({message for _, message in RULES}) == len(promp.check(promp.Args(), envs.ENVIRONMENTS["cheetah-dir"]))
+    promp.parse_args("--env ant-cheetah-dir --oracle --tasks 4 --mask-pad-actions --eta 0".split())
+    promp.parse_args("--inner-steps 0 --eval-steps 0".split())

@@ -4,6 +4,7 @@ import gymnasium as gym
 import pytest
 import rl2
 import torch
+from conftest import train
 
 
 @pytest.fixture(autouse=True)
@@ -12,7 +13,7 @@ def seeded():
 
 
 def small_args(**kwargs) -> rl2.Args:
-    defaults = dict(hidden=8, embed=(5, 4, 3), latent_dim=12, policy_embed=5, policy_hidden=(7,), num_threads=1)
+    defaults = dict(hidden=8, embed=(5, 4, 3), belief_dim=12, policy_embed=5, policy_hidden=(7,), num_threads=1)
     return rl2.Args(**(defaults | kwargs))
 
 
@@ -27,7 +28,7 @@ def play(args, env_id="hopper-params-4c", n=3):
 
 def seen(agent, trial, args):
     """What π sees at every step of the trials, encoded as in the update."""
-    return agent["encoder"].latent(rl2.encode_trial(agent["encoder"], trial, args))
+    return agent["encoder"].belief(rl2.encode_trial(agent["encoder"], trial, args))
 
 
 @pytest.mark.parametrize("encode_first", [False, True])
@@ -35,9 +36,9 @@ def test_what_acted_is_what_the_update_encodes(encode_first):
     """Step by step in the rollout, in one pass over both episodes in the update."""
     args = small_args(encode_first=encode_first)
     agent, (first, second) = play(args)
-    latent = seen(agent, (first, second), args)
-    assert latent.shape == (200, 3, 12)
-    torch.testing.assert_close(latent, torch.cat([first.latent[:-1], second.latent[:-1]]), atol=1e-5, rtol=1e-4)
+    belief = seen(agent, (first, second), args)
+    assert belief.shape == (200, 3, 12)
+    torch.testing.assert_close(belief, torch.cat([first.belief[:-1], second.belief[:-1]]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -54,16 +55,16 @@ def test_the_gradients_of_the_memory_are_those_of_nn_gru(steps):
 
 def test_memory_survives_the_episode_and_dies_with_the_trial():
     agent, (first, second) = play(small_args())
-    zero = agent["encoder"].latent(torch.zeros(3, 8))
-    torch.testing.assert_close(first.latent[0], zero, atol=1e-6, rtol=0)
-    assert torch.equal(second.latent[0], first.latent[-1]) and not torch.isclose(second.latent[0], zero).all()
+    zero = agent["encoder"].belief(torch.zeros(3, 8))
+    torch.testing.assert_close(first.belief[0], zero, atol=1e-6, rtol=0)
+    assert torch.equal(second.belief[0], first.belief[-1]) and not torch.isclose(second.belief[0], zero).all()
 
 
 def test_the_first_states_are_unseen_unless_encoded():
     for encode_first in (False, True):
         _, (first, second) = play(small_args(encode_first=encode_first))
-        assert (first.latent[0] == first.latent[0, :1]).all() == (not encode_first)
-        assert torch.equal(second.latent[0], first.latent[-1]) == (not encode_first)
+        assert (first.belief[0] == first.belief[0, :1]).all() == (not encode_first)
+        assert torch.equal(second.belief[0], first.belief[-1]) == (not encode_first)
 
 
 def test_an_action_of_episode_2_depends_on_episode_1_and_none_on_the_future():
@@ -71,10 +72,10 @@ def test_an_action_of_episode_2_depends_on_episode_1_and_none_on_the_future():
     agent, trial = play(args)
     first, second = trial
     action = first.action.requires_grad_()
-    latent = seen(agent, (first._replace(action=action), second), args)
-    (gradient,) = torch.autograd.grad(latent[105].sum(), action, retain_graph=True)
+    belief = seen(agent, (first._replace(action=action), second), args)
+    (gradient,) = torch.autograd.grad(belief[105].sum(), action, retain_graph=True)
     assert (gradient.abs().sum((1, 2))[60:] > 0).all()
-    (none,) = torch.autograd.grad(latent[50].sum(), action)
+    (none,) = torch.autograd.grad(belief[50].sum(), action)
     assert (none[50:] == 0).all() and (none[49] != 0).any()
 
 
@@ -82,21 +83,21 @@ def test_the_memory_gets_squashed_actions():
     args = small_args(squash="sample")
     agent, trial = play(args)
     torch.testing.assert_close(trial[0].action, trial[0].sample.tanh())
-    latent = seen(agent, trial, args)
-    torch.testing.assert_close(latent[:100], trial[0].latent[:-1], atol=1e-5, rtol=1e-4)
+    belief = seen(agent, trial, args)
+    torch.testing.assert_close(belief[:100], trial[0].belief[:-1], atol=1e-5, rtol=1e-4)
 
 
 def test_the_empty_memory_trains_its_layer():
     args = small_args()
     agent, trial = play(args)
-    latent = seen(agent, trial, args)
-    assert torch.autograd.grad(latent[0].sum(), agent["encoder"].head.bias)[0].sum() > 0, "D3"
+    belief = seen(agent, trial, args)
+    assert torch.autograd.grad(belief[0].sum(), agent["encoder"].head.bias)[0].sum() > 0, "D3"
 
 
 def test_what_pi_sees_is_rectified_where_asked():
     h = torch.randn(20, 8)
-    assert (rl2.Encoder(6, 2, small_args()).latent(h) >= 0).all()
-    assert (rl2.Encoder(6, 2, small_args(relu=False)).latent(h) < 0).any()
+    assert (rl2.Encoder(6, 2, small_args()).belief(h) >= 0).all()
+    assert (rl2.Encoder(6, 2, small_args(relu=False)).belief(h) < 0).any()
 
 
 # -- update ------------------------------------------------------------------------------------------------------------
@@ -116,27 +117,23 @@ def test_the_loss_trains_the_memory():
 
 
 def test_the_first_step_has_ratios_of_one_and_the_second_has_not(monkeypatch):
-    """The same latents as those that acted; then new ones, encoded with the new θ."""
+    """The same beliefs as those that acted; then new ones, encoded with the new θ."""
     args, memory = small_args(ppo_epochs=2, clip=1e9, squash="sample"), []
     agent, trial = play(args)
     encode, before = rl2.encode_trial, seen(agent, trial, args).detach()
     monkeypatch.setattr(rl2, "encode_trial", lambda *a: memory.append(encode(*a)) or memory[-1])
     rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
-    acted = torch.cat([episode.latent[:-1] for episode in trial])
+    acted = torch.cat([episode.belief[:-1] for episode in trial])
     torch.testing.assert_close(before, acted, atol=1e-5, rtol=1e-4)
     assert len(memory) == 2 and not torch.allclose(memory[0], memory[1], atol=1e-4)
     once = small_args(ppo_epochs=1, clip=1e9, squash="sample")
     agent, trial = play(once)
     losses = rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), once)
-    assert losses[0].item() == pytest.approx(0, abs=1e-5), "minus the mean of normalised advantages"
+    assert losses["policy_loss"] == pytest.approx(0, abs=1e-5) and losses["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("anneal", [True, False])
 def test_rates_and_scale_of_the_rewards(monkeypatch, tmp_path, anneal):
-    args = small_args(
-        env="point-goal-4c", horizon=5, num_envs=4, frames=120, anneal=anneal, normalise_reward=anneal, lr_policy=0.3,
-        lr_encoder=0.6, run_dir=str(tmp_path), eval_every=9,
-    )  # fmt: skip
     rates, raw, update = [], [], rl2.ppo_update
 
     def spy(agent, adam, trial, reward, args):
@@ -145,8 +142,10 @@ def test_rates_and_scale_of_the_rewards(monkeypatch, tmp_path, anneal):
         return update(agent, adam, trial, reward, args)
 
     monkeypatch.setattr(rl2, "ppo_update", spy)
-    monkeypatch.setattr(rl2.signal, "signal", lambda *_: None)
-    rl2.train(args)
+    train(
+        rl2, env="point-goal-4c", horizon=5, num_envs=4, frames=120, anneal=anneal, normalise_reward=anneal,
+        lr_policy=0.3, lr_encoder=0.6, run_dir=str(tmp_path), eval_every=9,
+    )  # fmt: skip
     expected = [[0.3, 0.6], [0.2, 0.4], [0.1, 0.2]] if anneal else [[0.3, 0.6]] * 3
     assert [r for pair in rates for r in pair] == pytest.approx([r for pair in expected for r in pair])
     assert raw == [not anneal] * 3
@@ -156,17 +155,17 @@ def test_ppo_prefers_the_better_action():
     args = small_args(gamma=0.0, policy_embed=0)
     agent, trial = play(args)
     policy, adam = agent["policy"], optimizers(agent, 3e-3)
-    first = policy.mean(trial[0].latent[:-1]).mean().item()
+    first = policy.mean(trial[0].belief[:-1]).mean().item()
     for _ in range(15):
         with torch.no_grad():
-            latent = torch.cat([episode.latent[:-1] for episode in trial])
-            sample = policy.distribution(latent).sample().split(100)
-            acted = [rl2.Episode(e.obs, e.action, s, e.reward, e.latent) for e, s in zip(trial, sample)]
+            belief = torch.cat([episode.belief[:-1] for episode in trial])
+            sample = policy.distribution(belief).sample().split(100)
+            acted = [rl2.Episode(e.obs, e.action, s, e.reward, e.belief) for e, s in zip(trial, sample)]
         rl2.ppo_update(agent, adam, tuple(acted), torch.cat(sample).sum(-1), args)
         new = seen(agent, trial, args).detach()
-        ends = [e.latent[-1:] for e in trial]
-        trial = tuple(e._replace(latent=torch.cat([n, end])) for e, n, end in zip(trial, new.split(100), ends))
-    assert policy.mean(trial[0].latent[:-1]).mean().item() > first + 0.2
+        ends = [e.belief[-1:] for e in trial]
+        trial = tuple(e._replace(belief=torch.cat([n, end])) for e, n, end in zip(trial, new.split(100), ends))
+    assert policy.mean(trial[0].belief[:-1]).mean().item() > first + 0.2
 
 
 def test_clipped_norms(monkeypatch):
@@ -176,6 +175,16 @@ def test_clipped_norms(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: norms.append(c) or clip(p, c))
     rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
     assert norms == [0.5, 0.01] * 2
+
+
+def test_evaluation():
+    args = small_args(horizon=3)
+    env = gym.make_vec("point-goal-4c", num_envs=32, horizon=3)
+    metrics, arrays = rl2.evaluate(env, env.unwrapped.task_set("test"), rl2.make_agent(3, 2, args), args)
+    shapes = dict(trace=(2, 4, 32, 2), reward=(2, 3, 32), action=(2, 3, 32, 2), embedding=(32, 12))
+    assert {name: arrays[name].shape for name in shapes} == shapes
+    assert arrays.keys() - shapes == {"params", "cluster", "seed"}
+    assert metrics["eval/return_episode_2"] == pytest.approx(arrays["reward"][1].sum(0).mean())
 
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -203,25 +212,24 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("env_id", OFFICIAL)
 def test_presets_are_the_official_configurations_of_the_robot(env_id):
-    a = rl2.parse_args(["--env", env_id])
+    a = rl2.parse_args(["--env", env_id, "--preset", "paper"])
     ppo = (a.frames, a.horizon, a.num_envs, a.ppo_epochs, a.minibatches, a.clip, a.lr_policy, a.lr_encoder, a.anneal)
     rest = (a.gamma, a.entropy, a.relu, a.policy_hidden, a.policy_embed, a.policy_init, a.squash, a.normalise_reward)
     assert ppo + rest + (a.encoder_clip,) == OFFICIAL[env_id]
-    assert (a.embed, a.hidden, a.latent_dim, a.gae_lambda) == ((32, 16, 16), 128, 256, 0.9)
+    assert (a.embed, a.hidden, a.belief_dim, a.gae_lambda) == ((32, 16, 16), 128, 256, 0.9)
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--env", "ant-gaol-4c"], "did you mean ant-goal-4c"),
-        (["--minibatches", "0"], "--minibatches must be at least 1"),
+        (["--frames", "3000"], "--frames must be at least 3200"),
+        (["--minibatches", "0"], "--minibatches must be from 1"),
         (["--num-envs", "501"], "at most 500"),
-        (["--env", "ant-dir"], "may end with a fall"),
+        (["--env", "ant-dir"], "may end an episode early"),
         (["--minibatches", "1000000"], "--minibatches must be at most"),
-        (["--lr-policy", "-1"], "--lr-policy must be positive"),
+        (["--lr-policy", "-1"], "--lr-policy .* must be positive"),
         (["--gamma", "2"], r"must be in \[0, 1\]"),
         (["--horizon", "1", "--cut-episodes"], "leaves nothing"),
-        (["--resume", "a", "--evaluate", "b"], "contradict"),
     ],
 )
 def test_wrong_input_gets_one_line(argv, message):

@@ -1,0 +1,372 @@
+"""results/plot.py: which figures a run gives, what is drawn on them, and one line for what cannot be drawn."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "results"))
+import plot
+
+H, FRAMES = 5, (0, 1000, 2000, 4000)
+CURVES = {"learning_curve.png", "learning_curve_clusters.png"}
+PLOT = ROOT / "results" / "plot.py"
+
+
+def table(columns: list[str], frames=FRAMES, seed: int = 0) -> str:
+    rng = np.random.default_rng(seed)
+    rows = [[i, f, *(-200 + 10 * i + rng.uniform(0, 5, len(columns))).round(3)] for i, f in enumerate(frames)]
+    return "".join(",".join(map(str, row)) + "\n" for row in [["iteration", "charts/frames", *columns], *rows])
+
+
+def arrays(env: str, episodes: int = 2, states: int = H + 1) -> dict[str, np.ndarray]:
+    tasks = gym.make_vec(env).unwrapped.task_set("test")
+    trace = np.linspace(0, 1, states)[None, :, None, None] * np.ones((episodes, states, len(tasks), 2))
+    return dict(params=tasks.params, cluster=tasks.cluster, trace=trace)
+
+
+def belief(data: dict[str, np.ndarray], latent: int = 3) -> dict[str, np.ndarray]:
+    """Means near the true cluster, and ever less spread."""
+    shape = (*data["trace"].shape[:3], latent)
+    mean = data["cluster"][:, None] + np.random.default_rng(0).normal(size=shape)
+    std = np.exp(-np.arange(shape[1]))[None, :, None, None] * np.ones(shape)
+    return dict(belief_mean=mean, belief_std=std, embedding=mean[0, -1])
+
+
+def cluster_belief(data: dict[str, np.ndarray], clusters: int = 4) -> dict[str, np.ndarray]:
+    """Sure of the true cluster from the first step on."""
+    q = np.tile(np.eye(clusters)[data["cluster"]], (*data["trace"].shape[:2], 1, 1))
+    q[:, 0] = 1 / clusters
+    return dict(cluster_belief=q, reward_weights=np.stack([np.linspace(1, 0, H), np.linspace(0, 1, H)]))
+
+
+def make_run(path: Path, script="milet", env="point-goal-4c", seed=0, kind="episode", ks=(1, 2), frames=FRAMES,
+             data=None, clusters=4, **args) -> Path:  # fmt: skip
+    columns = [f"eval/return_{kind}_{k}{c}" for k in ks for c in ["", *(f"_cluster_{m}" for m in range(clusters))]]
+    path.mkdir(parents=True)
+    (path / "args.json").write_text(json.dumps(dict(script=script, env=env, seed=seed, horizon=H) | args))
+    (path / "eval.csv").write_text(table(columns, frames, seed))
+    if data is not None:
+        np.savez_compressed(path / "eval.npz", **data)
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, plot.plt.Figure]:
+    """The figures of plot.main by file name, instead of files."""
+    figures = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.update({path.name: figure}))
+    yield figures
+    plot.plt.close("all")
+
+
+def error(*runs: Path, out: Path | None = None) -> str:
+    with pytest.raises(SystemExit) as caught:
+        plot.main(plot.Options(list(runs), out))
+    message = str(caught.value)
+    assert message.startswith("plot.py: error: ") and "\n" not in message
+    return message
+
+
+def lines(axis, label: str) -> list:
+    """The bold line of that label, and the thin ones of its colour."""
+    (bold,) = (line for line in axis.get_lines() if str(line.get_label()).startswith(label))
+    return [bold, *(line for line in axis.get_lines() if line.get_color() == bold.get_color() and line is not bold)]
+
+
+# == The figures of a run ==============================================================================================
+
+
+def test_all_figures_of_a_run_that_infers_clusters(tmp_path, drawn):
+    data = arrays("point-goal-4c")
+    data |= belief(data) | cluster_belief(data) | dict(seed=3, reward=np.zeros((2, H, 32)))
+    figures = {"cluster_map.png", "belief.png", "embedding.png", "reward_weights.png"}
+    plot.main(plot.Options([make_run(tmp_path / "run", data=data)]))
+    assert set(drawn) == CURVES | figures
+
+
+def test_figures_of_a_run_that_infers_a_latent(tmp_path, drawn):
+    data = arrays("point-goal-4c")
+    run = make_run(tmp_path / "run", script="varibad", data=data | belief(data))
+    plot.main(plot.Options([run]))
+    assert set(drawn) == CURVES | {"cluster_map.png", "belief.png", "embedding.png"}
+
+
+@pytest.mark.parametrize("dim", [1, 5])
+def test_figures_of_a_run_with_an_embedding_alone(tmp_path, drawn, dim):
+    data = arrays("point-goal-4c", episodes=3)
+    data["embedding"] = np.random.default_rng(0).normal(size=(32, dim))
+    run = make_run(tmp_path / "run", script="pearl", ks=(1, 2, 3), data=data, eval_prior_episodes=1)
+    plot.main(plot.Options([run]))
+    assert set(drawn) == CURVES | {"cluster_map.png", "embedding.png"}
+
+
+def test_figures_of_a_gradient_based_run(tmp_path, drawn):
+    data = arrays("point-goal-4c", states=H) | dict(returns=np.zeros((2, 32, 4)), alpha=0.1)
+    run = make_run(tmp_path / "point", "maml", kind="step", ks=(0, 1), data=data)
+    plot.main(plot.Options([run]))
+    assert set(drawn) == CURVES | {"cluster_map.png"}
+    drawn.clear()
+    data = arrays("cheetah-vel", states=H) | dict(returns=np.zeros((2, 40, 4)), alpha=np.zeros(7))
+    run = make_run(tmp_path / "vel", "maml", "cheetah-vel", kind="step", ks=(0, 1), data=data, clusters=0)
+    plot.main(plot.Options([run]))
+    assert set(drawn) == {"learning_curve.png", "return_by_velocity.png"}
+
+
+def test_without_eval_npz_and_with_old_arguments(tmp_path, drawn):
+    run = make_run(tmp_path / "run", "maml", "ml2", kind="step", ks=(0, 1), clusters=2)
+    (run / "args.json").write_text('{"script": "maml", "env": "ml2"}')
+    plot.main(plot.Options([run]))
+    assert set(drawn) == CURVES
+
+
+def test_cluster_map_marks_strays_once_the_goal_can_be_known(tmp_path, drawn):
+    data = arrays("point-goal-4c")
+    data["trace"] = np.zeros_like(data["trace"])
+    data["trace"][1, -1] = data["params"]
+    data["trace"][1, -1, :3] = 0
+    plot.main(plot.Options([make_run(tmp_path / "run", data=data)]))
+    first, second = drawn["cluster_map.png"].axes
+    assert "32 of 32" in first.get_title() and "3 of 32" in second.get_title()
+    dotted = [[line for line in axis.get_lines() if line.get_linestyle() == ":"] for axis in (first, second)]
+    assert [len(x) for x in dotted] == [0, 3]
+    assert np.allclose([line.get_xydata() for line in dotted[1]], [[(0, 0), goal] for goal in data["params"][:3]])
+
+
+def test_belief_reaches_its_ceiling(tmp_path, drawn):
+    data = arrays("point-goal-4c")
+    run = make_run(tmp_path / "run", data=data | cluster_belief(data))
+    table = (run / "eval.csv").read_text().splitlines()
+    ends = [",eval/nmi_ceiling", *[",1"] * len(FRAMES)]
+    (run / "eval.csv").write_text("".join(f"{line}{end}\n" for line, end in zip(table, ends)))
+    plot.main(plot.Options([run]))
+    labels = drawn["belief.png"].axes[0].get_legend_handles_labels()[1]
+    assert labels == ["inferred clusters", "chance: 0.13", "knows the task: 1.00"]
+    nmi, entropy = (axis.get_lines()[0].get_ydata() for axis in drawn["belief.png"].axes)
+    assert np.allclose(nmi, [0] + H * [1]) and np.allclose(entropy, [np.log(4)] + H * [0], atol=1e-5)
+    assert "NMI 1.00" in drawn["cluster_map.png"].get_suptitle()
+
+
+# == Learning curves ===================================================================================================
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_few_seeds_are_drawn_one_by_one(tmp_path, drawn, seeds):
+    plot.main(plot.Options([make_run(tmp_path / str(seed), seed=seed) for seed in range(seeds)]))
+    for axis in drawn["learning_curve.png"].axes:
+        bold, *thin = lines(axis, f"milet ({seeds} seed{'s' * (seeds > 1)})")
+        assert len(thin) == (seeds if seeds == 3 else 0) and len(axis.collections) == (seeds == 5)
+        assert all(line.get_linewidth() < bold.get_linewidth() / 2 for line in thin)
+        if thin:
+            assert np.allclose(bold.get_ydata(), np.mean([line.get_ydata() for line in thin], axis=0))
+
+
+def test_the_mean_ends_with_the_shortest_seed(tmp_path, drawn):
+    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seed=1, frames=FRAMES[:2])]
+    plot.main(plot.Options(runs))
+    bold, *thin = lines(drawn["learning_curve.png"].axes[0], "milet")
+    assert [len(line.get_xdata()) for line in (bold, *thin)] == [2, 4, 2]
+
+
+def test_other_numbers_of_episodes_share_the_first_and_the_last(tmp_path, drawn):
+    runs = [make_run(tmp_path / "milet"), make_run(tmp_path / "maml", "maml", kind="step", ks=(0, 1, 2))]
+    runs += [make_run(tmp_path / "pearl", "pearl", ks=(1, 2, 3, 4), eval_prior_episodes=1)]
+    plot.main(plot.Options(runs))
+    first, last = drawn["learning_curve.png"].axes
+    labels = [[label for label in axis.get_legend_handles_labels()[1] if "seed" in label] for axis in (first, last)]
+    assert labels[0] == [
+        "milet (1 seed), episode 1", "maml (1 seed), step 0", "pearl (1 seed), episode 1, z of the prior",
+    ]  # fmt: skip
+    assert labels[1] == ["milet (1 seed), episode 2", "maml (1 seed), step 2", "pearl (1 seed), episode 4"]
+    expected = plot.read_csv(runs[2] / "eval.csv")["eval/return_episode_4"]
+    assert np.array_equal(lines(last, "pearl")[0].get_ydata(), expected)
+    titles = [axis.get_title() for axis in drawn["learning_curve_clusters.png"].axes]
+    assert len(titles) == 8 and "cluster 0" in titles[0] and "cluster 0" in titles[1] and "cluster 3" in titles[7]
+
+
+def test_the_same_episodes_have_a_panel_each(tmp_path, drawn):
+    plot.main(plot.Options([make_run(tmp_path / script, script) for script in ("milet", "rl2")]))
+    axes = drawn["learning_curve.png"].axes
+    assert [axis.get_title() for axis in axes] == ["episode 1", "episode 2"]
+    assert [axis.get_legend() is None for axis in axes] == [False, True], "one legend says it all"
+
+
+def test_a_method_keeps_its_colour(tmp_path, drawn):
+    colours = set()
+    for n, scripts in enumerate([("milet", "rl2"), ("pearl", "mine", "rl2")]):
+        plot.main(plot.Options([make_run(tmp_path / str(n) / script, script) for script in scripts]))
+        for axis in drawn["learning_curve.png"].axes:
+            assert len({lines(axis, script)[0].get_color() for script in scripts}) == len(scripts)
+            colours.add(lines(axis, "rl2")[0].get_color())
+    assert colours == {plot.to_rgb(plot.COLOURS["rl2"])}
+    assert len({plot.to_rgb(c) for c in plot.COLOURS.values()}) == len(plot.COLOURS)
+
+
+def test_other_arguments_make_another_method(tmp_path, drawn):
+    names = {"a": {}, "b": dict(seed=1), "c": dict(oracle=True), "d": dict(oracle=True, eval_every=3)}
+    plot.main(plot.Options([make_run(tmp_path / k, "maml", **dict(oracle=False) | v) for k, v in names.items()]))
+    axis = drawn["learning_curve.png"].axes[0]
+    without, oracle = lines(axis, "maml oracle=False (2 seeds)")[0], lines(axis, "maml oracle=True (2 seeds)")[0]
+    assert without.get_color() != oracle.get_color()
+
+
+@pytest.mark.parametrize("factor, scale", [(9, "linear"), (10, "log")])
+def test_frames_are_logarithmic_where_budgets_differ(tmp_path, drawn, factor, scale):
+    long = make_run(tmp_path / "rl2", "rl2", frames=[factor * f for f in FRAMES])
+    plot.main(plot.Options([make_run(tmp_path / "milet"), long]))
+    assert {axis.get_xscale() for axis in drawn["learning_curve.png"].axes} == {scale}
+
+
+# == What cannot be drawn ==============================================================================================
+
+
+def test_runs_that_do_not_compare(tmp_path):
+    runs = {"point": make_run(tmp_path / "a"), "ml2": make_run(tmp_path / "b", env="ml2", clusters=2)}
+    runs["short"] = make_run(tmp_path / "c", horizon=3)
+    assert "different environments on one figure: ml2, point-goal-4c" in error(runs["point"], runs["ml2"])
+    assert "different horizons on one figure: 3, 5" in error(runs["point"], runs["short"])
+    old = json.loads((runs["short"] / "args.json").read_text())
+    del old["horizon"]  # then it is the environment's
+    (runs["short"] / "args.json").write_text(json.dumps(old))
+    assert "different horizons on one figure: 5, 100" in error(runs["point"], runs["short"])
+
+
+@pytest.mark.parametrize("tail", [b"4,50", b"4,5000,-1.0,-1", b"\0\0\0", b"\xff\xfe\0\n", b"4,5000\n", b"4,x\n"])
+def test_what_a_kill_leaves_at_the_end_is_skipped(tmp_path, tail):
+    run = make_run(tmp_path / "run")
+    whole = plot.read_csv(run / "eval.csv")
+    with (run / "eval.csv").open("ab") as file:
+        file.write(tail)
+    assert all(np.array_equal(column, whole[name]) for name, column in plot.read_csv(run / "eval.csv").items())
+    (run / "eval.csv").write_bytes((run / "eval.csv").read_bytes().replace(b"\n", b"\r\n", 3))
+    assert len(plot.read_csv(run / "eval.csv")["iteration"]) == len(FRAMES)
+
+
+GOOD = table(["eval/return_episode_1"])
+ARGS = dict(script="milet", env="point-goal-4c", seed=0)
+BAD = {  # case: file, content (None: a folder), part of the error
+    "csv empty": ("eval.csv", "", "eval.csv has no rows"),
+    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv has no rows"),
+    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv has no rows"),
+    "csv cut in the header": ("eval.csv", GOOD[:20], "no whole line"),
+    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv has no rows"),
+    "csv without frames": ("eval.csv", GOOD.replace("charts/frames", "x"), "lacks the columns"),
+    "csv without returns": ("eval.csv", GOOD.replace("eval/return", "x"), "lacks the columns"),
+    "csv with a bad number": ("eval.csv", GOOD.replace("1000", "1oo0"), "damaged in line 3"),
+    "csv with a short row": ("eval.csv", GOOD.replace("2,2000,", "2,"), "damaged in line 4"),
+    "csv with a long row": ("eval.csv", GOOD.replace("0,0,", "0,0,0,"), "damaged in line 2"),
+    "csv with an empty line": ("eval.csv", GOOD.replace("\n1,", "\n\n1,"), "damaged in line 3"),
+    "csv with NULs inside": ("eval.csv", GOOD.replace("\n1,", "\n\0\0"), "damaged in line 3"),
+    "csv with a header twice": ("eval.csv", GOOD + GOOD, "damaged in line 6"),
+    "csv that goes back": ("eval.csv", GOOD + GOOD.split("\n", 2)[1] + "\n", "do not increase"),
+    "csv with nan": ("eval.csv", GOOD.replace(",2000,", ",nan,"), "not finite"),
+    "csv with one name twice": ("eval.csv", GOOD.replace("iteration,", "iteration,iteration,"), "two columns"),
+    "csv binary": ("eval.csv", bytes(range(256)) * 8, "lacks the columns"),
+    "csv a folder": ("eval.csv", None, "not a run folder: it has no eval.csv"),
+    "args empty": ("args.json", "", "args.json is damaged"),
+    "args cut": ("args.json", '{"script": "mil', "args.json is damaged"),
+    "args binary": ("args.json", b"\xff\xfe\0", "args.json is damaged"),
+    "args nested deep": ("args.json", "[" * 100_000, "args.json is damaged"),
+    "args a folder": ("args.json", None, "not a run folder: it has no args.json"),
+    "args a list": ("args.json", [ARGS], "holds a list"),
+    "args a string": ("args.json", "milet".__repr__().replace("'", '"'), "holds a str"),
+    "args null": ("args.json", "null", "holds a NoneType"),
+    "args without script": ("args.json", {"env": "point-goal-4c"}, "script must be a name, not null"),
+    "args without env": ("args.json", {"script": "milet"}, "env must be a name, not null"),
+    "args with a list for env": ("args.json", ARGS | {"env": ["ml2"]}, "env must be a name"),
+    "args with null for script": ("args.json", ARGS | {"script": None}, "script must be a name"),
+    "args with an unknown env": ("args.json", ARGS | {"env": "point-gaol-4c"}, "'point-gaol-4c' cannot be made"),
+    "args with an empty module": ("args.json", ARGS | {"env": ":"}, "':' cannot be made"),
+    "args with another env": ("args.json", ARGS | {"env": "CartPole-v1"}, "has no tasks"),
+    "args with a float horizon": ("args.json", ARGS | {"horizon": 5.0}, "horizon must be a positive integer"),
+    "args with no horizon left": ("args.json", ARGS | {"horizon": 0}, "horizon must be a positive integer"),
+    "args with a bad count": ("args.json", ARGS | {"eval_prior_episodes": "1"}, "must be a positive integer"),
+    "npz empty": ("eval.npz", "", "eval.npz is damaged"),
+    "npz text": ("eval.npz", "hello", "eval.npz is damaged"),
+    "npz a folder": ("eval.npz", None, "eval.npz is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_get_one_line(tmp_path, case):
+    name, content, expected = BAD[case]
+    path = make_run(tmp_path / "run", ks=(1,), clusters=0) / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert expected in error(tmp_path / "run")
+    assert not (tmp_path / "run" / "figures").exists(), "nothing is drawn of what is damaged"
+
+
+DATA = arrays("point-goal-4c")
+BAD_ARRAYS = {  # case: what changes, part of the error
+    "no trace": (dict(trace=None), "eval.npz has no trace"),
+    "nothing": (dict.fromkeys(DATA), "eval.npz has no cluster, params, trace"),
+    "mean without std": (dict(belief_mean=belief(DATA)["belief_mean"]), "has no belief_std"),
+    "strings": (dict(trace=np.array(["a"])), "trace is not made of finite numbers"),
+    "nan": (dict(params=DATA["params"] * np.nan), "params is not made of finite numbers"),
+    "objects": (dict(trace=np.array([None])), "eval.npz is damaged"),
+    "other params": (dict(params=DATA["params"][:, :1]), "params has shape [32, 1], not [task, parameter]"),
+    "fewer tasks": (dict(trace=DATA["trace"][:, :, :5]), "trace has shape"),
+    "a number too few": (dict(trace=DATA["trace"][..., 0]), "trace has shape"),
+    "no episodes": (dict(trace=DATA["trace"][:0]), "trace has shape"),
+    "an unknown cluster": (dict(cluster=DATA["cluster"] + 1), "other numbers than 0 to 3"),
+    "a fraction of a cluster": (dict(cluster=DATA["cluster"] / 2), "other numbers than 0 to 3"),
+    "another belief": (dict(cluster_belief=np.ones((2, H + 1, 31, 4))), "cluster_belief has shape"),
+    "one weight": (dict(reward_weights=np.ones((1, H))), "reward_weights has shape [1, 5], not [2, step]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays_get_one_line(tmp_path, case):
+    change, expected = BAD_ARRAYS[case]
+    data = {name: array for name, array in (DATA | change).items() if array is not None}
+    assert expected in error(make_run(tmp_path / "run", data=data))
+
+
+def test_damaged_arrays_get_one_line(tmp_path):
+    """A byte changed, or the end cut off, at many places."""
+    run = make_run(tmp_path / "run", data=DATA)
+    whole = (run / "eval.npz").read_bytes()
+    env = gym.make_vec("point-goal-4c").unwrapped
+    for n in range(0, len(whole), max(1, len(whole) // 50)):
+        for bad in (whole[:n], whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :]):
+            (run / "eval.npz").write_bytes(bad)
+            try:
+                plot.read_arrays(run / "eval.npz", env)
+            except plot.Unusable:
+                pass
+    stream = io.BytesIO()
+    np.save(stream, DATA["params"])
+    (run / "eval.npz").write_bytes(stream.getvalue())
+    assert "eval.npz is damaged" in error(run)
+
+
+def test_bad_paths_get_one_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "no run folder given" in error()
+    assert "not a run folder: it has no args.json" in error(tmp_path / "nothing")
+    assert "not a run folder: it has no args.json" in error(run / "eval.csv")
+    assert "File exists" in error(run, out=run / "eval.csv")
+    assert "Not a directory" in error(run, out=run / "eval.csv" / "figures")
+    assert "/proc" in error(run, out=Path("/proc/figures"))
+
+
+def test_from_the_command_line(tmp_path):
+    runs = [str(make_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
+    command = [sys.executable, str(PLOT)]
+    done = subprocess.run([*command, *runs, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(tmp_path / "out" / name) for name in sorted(CURVES)]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == CURVES
+    nothing = subprocess.run(command, capture_output=True, text=True)
+    assert (nothing.returncode, nothing.stderr) == (1, "plot.py: error: no run folder given, see --help\n")
