@@ -25,7 +25,7 @@ case "${1:-}" in
     [ "${SLURM:-}" ] || python results/plot.py runs/point/* --out runs/point-figures
     ;;
   milet-mujoco)
-    run python algos/milet.py --env ant-goal-4c --frames 5000000
+    run python algos/milet.py --env ant-goal-4c --preset paper --frames 5000000
     run python algos/milet.py --env hopper-params-4c --frames 1000000
     run python algos/milet.py --env walker-params-4c --frames 1000000
     run python algos/milet.py --env hopper-params-4c --frames 1000000 --lr-phi 5e-4
@@ -49,7 +49,6 @@ case "${1:-}" in
     [ "${SLURM:-}" ] || python results/plot.py results/milet/point-* runs/belief-point/* results/pearl/point-* --out runs/belief-point-figures
     ;;
   belief-mujoco)
-    # methods in the order of the figure above, which decides their colours
     for task in "hopper-params-4c 1000000" "walker-params-4c 1000000" "cheetah-dir 5000000"; do
       read -r env frames <<< "$task"
       for script in rl2 varibad; do

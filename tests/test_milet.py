@@ -95,7 +95,7 @@ def test_first_decoder_layer_in_parts_equals_the_concatenation():
         decoder = milet.Decoder(6, 2, sees_next, (7, 6), args)
         obs, action, _ = trials()
         z = torch.randn(3, 10, 3)
-        parts = decoder.from_z(z) + decoder.from_transition(obs, action)
+        parts = sum(decoder.parts(z, obs, action))
         s = decoder.embed_state(obs).relu()
         inputs = [s[:, :, 1:]] * sees_next + [decoder.embed_action(action).relu(), s[:, :, :-1]]
         whole = decoder.first(torch.cat([z, *(x.flatten(1, 2) for x in inputs)], dim=-1))
@@ -264,7 +264,8 @@ def test_squashing(squash):
     torch.testing.assert_close(explore.action, explore.sample.tanh() if squash == "sample" else explore.sample)
     policy = agent["psi"]
     policy.actor[-1].bias.data += 5
-    assert (policy.mean(policy.embed(torch.randn(4, 12), torch.randn(4, 6))).abs() <= 1).all() == (squash == "mean")
+    pi = policy.distribution(policy.embed(torch.randn(4, 12), torch.randn(4, 6)))
+    assert (pi.mean.abs() <= 1).all() == (squash == "mean")
 
 
 def test_one_policy_ablation_learns_from_the_whole_trial():
@@ -347,12 +348,12 @@ def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     args = small_args(gamma=0.0)
     policy, episode = milet.Policy(6, 2, args), make_episode(50, 16)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    first = policy.mean(policy.embed(episode.obs, episode.belief)).mean().item()
+    first = policy.distribution(policy.embed(episode.obs, episode.belief)).mean.mean().item()
     for _ in range(20):
         with torch.no_grad():
             sample = policy.distribution(policy.embed(episode.obs[:-1], episode.belief[:-1])).sample()
         milet.ppo_update(policy, optimizer, episode._replace(sample=sample), sample.sum(-1), 0.0, args)
-    assert policy.mean(policy.embed(episode.obs, episode.belief)).mean().item() > first + 0.2
+    assert policy.distribution(policy.embed(episode.obs, episode.belief)).mean.mean().item() > first + 0.2
     seen = episode.obs[:-1, ..., :-1]
     torch.testing.assert_close(policy.stats.mean.float(), seen.mean((0, 1)), atol=1e-4, rtol=0)
 

@@ -139,7 +139,8 @@ def test_squashing(squash):
     torch.testing.assert_close(first.action, first.sample.tanh() if squash == "sample" else first.sample)
     policy = agent["policy"]
     policy.actor[-1].bias.data += 5
-    assert (policy.mean(policy.embed(torch.randn(4, 12), torch.randn(4, 6))).abs() <= 1).all() == (squash == "mean")
+    pi = policy.distribution(policy.embed(torch.randn(4, 12), torch.randn(4, 6)))
+    assert (pi.mean.abs() <= 1).all() == (squash == "mean")
     with torch.no_grad():
         h = agent["encoder"](first.action, first.reward, first.obs[1:], torch.zeros(3, 8))
     torch.testing.assert_close(agent["encoder"].belief(h), first.belief[1:], atol=1e-5, rtol=1e-4)
@@ -212,12 +213,12 @@ def test_ppo_prefers_the_better_action():
     args = small_args(gamma=0.0)
     policy, trial = varibad.Policy(6, 2, args), make_trial(50, 16)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    first = policy.mean(policy.embed(trial.obs, trial.belief)).mean().item()
+    first = policy.distribution(policy.embed(trial.obs, trial.belief)).mean.mean().item()
     for _ in range(40):
         with torch.no_grad():
             sample = policy.distribution(policy.embed(trial.obs[:-1], trial.belief[:-1])).sample()
         varibad.ppo_update(policy, optimizer, trial._replace(sample=sample), sample.sum(-1), args)
-    assert policy.mean(policy.embed(trial.obs, trial.belief)).mean().item() > first + 0.2
+    assert policy.distribution(policy.embed(trial.obs, trial.belief)).mean.mean().item() > first + 0.2
 
 
 @pytest.mark.parametrize("anneal", [True, False])

@@ -53,6 +53,17 @@ def test_the_same_sections_in_the_same_order(script):
     assert [s for s in sections if s in order] == order
 
 
+def test_the_first_fields_of_args_are_the_same_in_every_script():
+    """But for default values, the budget, and what is counted between evaluations and checkpoints."""
+    fields = {}
+    for script in SCRIPTS:
+        own = re.search(r"class Args:\n(.*?)\n\n", script.read_text(), re.S)[1]
+        fields[script.stem] = [re.sub(r" = [^#]+ #", " #", line) for line in own.splitlines() if "_every:" not in line]
+    for script, lines in fields.items():
+        same = [line for line in lines if not line.startswith(("    frames:", "    iterations:"))]
+        assert same == [x for x in fields["milet"] if not x.startswith("    frames:")], script
+
+
 def test_tables_list_every_environment_and_script():
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "environments.md").read_text()
     shipped = [i for i in envs.ENVIRONMENTS if not i.startswith("probe") and i != "reach-on-a-line"]
