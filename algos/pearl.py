@@ -1,20 +1,20 @@
 """PEARL: off-policy meta-reinforcement learning with probabilistic context variables (Rakelly et al., ICML 2019).
 
 Official code: github.com/katerakelly/oyster. Deviations are from it; settings are its own, where it has the task.
-Equations and lines of the algorithms are numbered here, not in the paper.
+The numbers of the equations and of the algorithms' lines are this file's, not the paper's.
 
 Objective    Eq. (1)  q_φ(z|c) ∝ Π_n N(z; μ_φ(c_n), σ²_φ(c_n)), the product over the transitions c_n of a context c
              Eq. (2)  KL = Σ_i KL(q_φ(z|c_i) ‖ N(0, I)), i the tasks of a batch
              Eq. (3)  y = ρ r + (1 - d) γ V̄(s',z), d = 1 at a fall
              Eq. (4)  min over φ, Q:  Σ_j (Q_j(s,a,z) - y)² + β KL, with z ~ q_φ(z|c)
-             Eq. (5)  ã = tanh(u), u = m(s,z) + σ(s,z) ε, ε ~ N(0, I);  ln π(ã|s,z) = Σ ln N(u; m, σ²) - ln(1 - ã²)
+             Eq. (5)  ã = tanh(u), u = m(s,z) + σ(s,z) ε, ε ~ N(0,I);  ln π(ã|s,z) = Σ ln N(u; m,σ²) - ln(1 - ã² + 1e-6)
              Eq. (6)  min over V:  (V(s,z) - [min_j Q_j(s,ã,z) - ln π(ã|s,z)])²
              Eq. (7)  min over π:  ln π(ã|s,z) - min_j Q_j(s,ã,z) + 1e-3 (mean m² + mean ln²σ)
              Eq. (8)  V̄ <- (1 - τ) V̄ + τ V
              Only the critic and the KL train φ: V and π see a z without gradient.
 
 Algorithm 1  l. 1  before the first iteration, a prior block of every training task -> collect
-             l. 2  visits to tasks drawn with replacement, each of the three blocks below -> collect_iteration
+             l. 2  visits to tasks drawn with replacement, each with the three blocks below -> collect_iteration
              l. 3  gradient steps, each on tasks drawn with replacement -> train_iteration
              l. 4    a context of each gives its z; critic and encoder learn from other transitions of it, then V and
                      policy, then the slow copy of V -> gradient_step, critic_loss, kl_to_prior, actor_loss
@@ -46,9 +46,9 @@ Deviations from the official code (C)
 
 Tested       python algos/pearl.py --env cheetah-dir --iterations 60   (604,000 frames, two hours on one core of an AMD
              EPYC): 1141 in the episode after inference (forward 1091, backward 1190), -118 and 51 in the two before.
+             That run was made before D1 to D3 were what they are: blocks counted episodes, not steps.
 """
 
-import difflib
 import importlib
 import json
 import math
@@ -97,7 +97,7 @@ class Args:
     resume: str | None = None  # run folder to continue (its args.json applies)
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
-    train_tasks: int = 500  # number of training tasks: the first different ones of the environment's training set
+    train_tasks: int = 500  # number of training tasks, the first different ones of the environment's training set
     horizon: int = 100  # H, steps per episode
     initial_steps: int = 200  # steps in every training task before the first update, z from the prior
     visits: int = 5  # number of tasks visited per iteration, drawn with replacement
@@ -124,15 +124,17 @@ class Args:
 
 
 # oyster's configurations. MILET's suite has Args' values: two episodes of 100 steps, as in its comparison; the rest is
-# oyster's default with a tenth of the initial steps.
+# oyster's humanoid-dir.json (context 256, extra steps 600, gradient steps 4000) with a tenth of the initial steps.
 OYSTER = dict(horizon=200, initial_steps=2000, eval_episodes=3, eval_prior_episodes=2)
 CHEETAH_DIR = OYSTER | dict(train_tasks=2, meta_batch=4, prior_steps=1000, extra_steps=1000, gradient_steps=2000)
+TWO_ROBOTS = dict(train_tasks=4, visits=10, iterations=155)
 PAPER = {
     "cheetah-dir": CHEETAH_DIR,
     "cheetah-vel": OYSTER | dict(train_tasks=100, gradient_steps=2000, context=100),
     "ant-dir": OYSTER | dict(train_tasks=2, meta_batch=4),
     "walker-dir": CHEETAH_DIR,  # Taming the Herd, Table 4, for one robot
-    "ml2": CHEETAH_DIR | dict(train_tasks=4, visits=10, iterations=155),  # Taming the Herd, Table 4
+    "ml2": CHEETAH_DIR | TWO_ROBOTS,  # Taming the Herd, Table 4; the iterations are ours
+    "ant-cheetah-dir": CHEETAH_DIR | TWO_ROBOTS,  # ours, as in ml2
     "hopper-params-4c": dict(next_obs_in_context=True),  # as in oyster's rand-params
     "walker-params-4c": dict(next_obs_in_context=True),
 }
@@ -149,7 +151,6 @@ MAY_BE_0 = ("seed", "num_threads", "posterior_steps", "extra_steps")
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     return {
-        "--train-tasks must be at most 500, the size of the training set": args.train_tasks <= 500,
         "--reward-scale and --lr must be positive": min(args.reward_scale, args.lr) > 0,
         "--kl-weight must be at least 0": args.kl_weight >= 0,
         "--policy-regularisation must be at least 0": args.policy_regularisation >= 0,
@@ -167,13 +168,14 @@ class MLP(nn.Module):
 
     def __init__(self, *sizes: int, copies: int = 1, last: float = 3e-3):
         super().__init__()
-        shapes = list(pairwise(sizes))
-        bounds = [(1 / math.sqrt(out), None) for _, out in shapes[:-1]] + [(last, last)]  # of weights, of biases
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for (inputs, outputs), (weight, bias) in zip(shapes, bounds):
-            self.weights.append(torch.empty(copies, inputs, outputs).uniform_(-weight, weight))
-            shape = copies, 1, outputs
-            self.biases.append(torch.full(shape, 0.1) if bias is None else torch.empty(shape).uniform_(-bias, bias))
+        *hidden, (inputs, outputs) = pairwise(sizes)
+        for before, after in hidden:
+            bound = 1 / math.sqrt(after)
+            self.weights.append(torch.empty(copies, before, after).uniform_(-bound, bound))
+            self.biases.append(torch.full((copies, 1, after), 0.1))
+        self.weights.append(torch.empty(copies, inputs, outputs).uniform_(-last, last))
+        self.biases.append(torch.empty(copies, 1, outputs).uniform_(-last, last))
         self.layers = list(zip(self.weights, self.biases))  # once: reading a ParameterList is slow
 
     def forward(self, *parts: Tensor) -> Tensor:
@@ -299,41 +301,40 @@ class Transitions(NamedTuple):
 class Storage:
     """All states and steps of the run in the order of collection (D3), grown as needed.
 
-    An episode of n steps takes n + 1 rows, one a state; so the next state of row i is in row i + 1.
+    An episode of n steps takes n + 1 rows, one a state; so the next state of row i is in row i + 1. A copy that does
+    not play takes a row too.
     """
 
     def __init__(self, obs_dim: int, action_dim: int):
-        widths = dict(obs=obs_dim, action=action_dim, reward=1, terminated=1)
-        self.data = {name: torch.empty(2**16, width) for name, width in widths.items()}
-        self.used = 0
+        self.widths = obs_dim, action_dim, 1, 1  # of state, action, reward, fall
+        self.data, self.used = torch.empty(2**16, sum(self.widths)), 0
 
-    def add(self, episodes: Episodes) -> Tensor:
-        """Returns the rows of the steps taken."""
+    def add(self, episodes: Episodes) -> list[Tensor]:
+        """Returns, for every episode, the rows of the steps taken."""
         rows = []
         for obs, action, reward, terminated, alive in zip(*episodes):
             steps, first = int(alive.sum()), self.used
             last = first + steps  # the row of the last state
-            while last >= len(self.data["obs"]):
-                for x in self.data.values():
-                    x.resize_(2 * len(x), x.shape[1])
-            self.data["obs"][first : last + 1] = obs[: steps + 1]
-            for name, x in dict(action=action, reward=reward[:, None], terminated=terminated[:, None]).items():
-                self.data[name][first:last] = x[:steps]
+            if last >= len(self.data):
+                self.data.resize_(2 * (last + 1), sum(self.widths))
+            parts = obs[:-1], action, reward[:, None], terminated[:, None]
+            self.data[first:last] = torch.cat(parts, dim=1)[:steps]
+            self.data[last, : self.widths[0]] = obs[steps]
             rows.append(torch.arange(first, last))
             self.used = last + 1
-        return torch.cat(rows)
+        return rows
 
     def read(self, rows: Tensor) -> Transitions:
         """Of rows [task, n]."""
-        obs, action, reward, terminated = (x.index_select(0, rows.flatten()) for x in self.data.values())
-        next_obs = self.data["obs"].index_select(0, rows.flatten() + 1)
-        return Transitions(*(x.view(*rows.shape, -1) for x in (obs, action, reward, next_obs, terminated)))
+        now, after = (self.data.index_select(0, r.flatten()).view(*rows.shape, -1) for r in (rows, rows + 1))
+        obs, action, reward, terminated = now.split(self.widths, dim=-1)
+        return Transitions(obs, action, reward, after[..., : self.widths[0]], terminated)
 
     def state_dict(self) -> dict:
-        return {name: x[: self.used].clone() for name, x in self.data.items()}
+        return dict(data=self.data[: self.used].clone())
 
     def load_state_dict(self, state: dict) -> None:
-        self.data, self.used = {name: x.clone() for name, x in state.items()}, len(state["obs"])
+        self.data, self.used = state["data"].clone(), len(state["data"])
 
 
 class Index:
@@ -363,15 +364,17 @@ class Index:
 
 def tokens(c: Transitions, args: Args) -> Tensor:
     """c_n: (s, a, r), or (s, a, r, s'), the reward as the environment gives it (D6)."""
-    return torch.cat([c.obs, c.action, c.reward] + [c.next_obs] * args.next_obs_in_context, dim=-1)
+    parts = (c.obs, c.action, c.reward, c.next_obs) if args.next_obs_in_context else (c.obs, c.action, c.reward)
+    return torch.cat(parts, dim=-1)
 
 
 def posterior(encoder: MLP, context: Tensor, alive: Tensor | None = None) -> Normal:
-    """Eq. (1) of contexts [task, token, ·] (those that are alive [task, token]): [task, latent_dim]."""
+    """Eq. (1) of contexts [task, token, ·] (those that are alive [task, token]; the prior, if none is)."""
     mean, raw_var = encoder(context.flatten(0, 1))[0].view(*context.shape[:2], -1).chunk(2, dim=-1)
     precision = 1 / F.softplus(raw_var).clamp(min=1e-7)
     precision = precision if alive is None else precision * alive[..., None]
-    var = 1 / precision.sum(1)
+    total = precision.sum(1)
+    var = 1 / total.where(total > 0, 1.0)  # [task, latent_dim]
     return Normal(var * (precision * mean).sum(1), var.sqrt(), validate_args=False)
 
 
@@ -392,7 +395,8 @@ def critic_loss(agent: nn.ModuleDict, batch: Transitions, z: Tensor, next_z: Ten
     with torch.no_grad():
         next_v = agent["target"](batch.next_obs, next_z)[0]
         bellman = args.reward_scale * batch.reward + (1 - batch.terminated) * args.gamma * next_v  # Eq. (3)
-    return (agent["q"](batch.obs, batch.action, z) - bellman).square().mean((1, 2)).sum()  # Eq. (4)
+    error = agent["q"](batch.obs, batch.action, z) - bellman  # [2, row, 1]
+    return error.square().mean((1, 2)).sum()  # Eq. (4)
 
 
 def actor_loss(
@@ -423,7 +427,8 @@ class Learner(NamedTuple):
     """One PEARL: its networks, its data, its training tasks."""
 
     agent: nn.ModuleDict
-    optimizers: dict[str, torch.optim.Optimizer]
+    adam_critic: torch.optim.Optimizer  # of Q and encoder (D4)
+    adam_actor: torch.optim.Optimizer  # of V and π
     storage: Storage
     rl: Index  # of the storage, the rows of every training task
     context: Index  # of these, the rows of its context
@@ -433,7 +438,7 @@ class Learner(NamedTuple):
 
     @property
     def frames(self) -> int:
-        """The steps taken so far."""
+        """The steps kept so far."""
         return sum(map(len, self.rl.rows))
 
 
@@ -441,11 +446,11 @@ def make_learner(make_env: Callable[[int], gym.vector.VectorEnv], tasks: envs.Ta
     env = make_env(1)
     obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     agent = make_agent(obs_dim, action_dim, args)
-    groups = {"critic": ("q", "encoder"), "actor": ("v", "policy")}  # D4
-    parameters = {k: [p for name in names for p in agent[name].parameters()] for k, names in groups.items()}
-    optimizers = {k: torch.optim.Adam(p, args.lr, fused=True) for k, p in parameters.items()}
-    rl, context = Index(len(tasks)), Index(len(tasks))
-    return Learner(agent, optimizers, Storage(obs_dim, action_dim), rl, context, tasks, make_env, args)
+    adam = partial(torch.optim.Adam, lr=args.lr, fused=True)
+    adam_critic = adam([*agent["q"].parameters(), *agent["encoder"].parameters()])
+    adam_actor = adam([*agent["v"].parameters(), *agent["policy"].parameters()])
+    storage, rl, context = Storage(obs_dim, action_dim), Index(len(tasks)), Index(len(tasks))
+    return Learner(agent, adam_critic, adam_actor, storage, rl, context, tasks, make_env, args)
 
 
 @torch.inference_mode()
@@ -468,22 +473,25 @@ def collect(
     """
     args, visits, taken, returns = learner.args, len(tasks), torch.zeros(len(tasks)), []
     episodes = 1 if infer and to_context else math.ceil(steps / args.horizon)  # of a visit in a round
-    env, copies = learner.make_env(visits * episodes), learner.tasks[tasks.repeat_interleave(episodes).numpy()]
+    visit = torch.arange(visits).repeat_interleave(episodes)  # [copy]
+    task = tasks[visit]  # [copy]
+    env = learner.make_env(len(visit))
     while (taken < steps).any():
-        z = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)
-        if infer:
-            inferred = posterior_z(learner, contexts, episodes, rng)
-            z = inferred if returns else torch.cat([z, inferred[:, 1:]], dim=1)
-        play = (torch.arange(episodes) < ((steps - taken) / args.horizon).ceil()[:, None]).flatten()  # [copy]
+        prior = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)
+        z = posterior_z(learner, contexts, episodes, rng) if infer else prior
+        if not taken.any():  # the first round, whose first episode has z from the prior
+            z = torch.cat([prior[:, :1], z[:, 1:]], dim=1)
+        needed = ((steps - taken) / args.horizon).ceil()  # episodes [visit]; at most 0: done
+        play = (torch.arange(episodes) < needed[:, None]).flatten()  # [copy]
         seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)
-        played = rollout(env, copies, learner.agent["policy"], z.flatten(0, 1), seed, noise, play.numpy())
+        policy, env_tasks = learner.agent["policy"], learner.tasks[task.numpy()]
+        played = rollout(env, env_tasks, policy, z.flatten(0, 1), seed, noise, play.numpy())
         returns.append(played.reward.sum(1)[play])
-        for visit, task in enumerate(tasks.tolist()):
-            rows = learner.storage.add(Episodes(*(x[visit * episodes :][:episodes] for x in played)))
-            learner.rl.add(task, rows)
+        for i, k, rows in zip(visit.tolist(), task.tolist(), learner.storage.add(played)):
+            learner.rl.add(k, rows)
             if to_context:
-                contexts.add(visit, rows)
-            taken[visit] += len(rows)
+                contexts.add(i, rows)
+            taken[i] += len(rows)
     return torch.cat(returns).mean().item()
 
 
@@ -516,10 +524,10 @@ def gradient_step(learner: Learner, rng: torch.Generator) -> dict[str, Tensor]:
     q_z = posterior(agent["encoder"], tokens(context, args).to(args.device))
     z = draw(q_z, rng).repeat_interleave(args.batch, dim=0)  # [row, latent_dim]
     q_error, kl = critic_loss(agent, batch, z, z, args), kl_to_prior(q_z)
-    step(learner.optimizers["critic"], q_error + args.kl_weight * kl)  # Eq. (4)
+    step(learner.adam_critic, q_error + args.kl_weight * kl)  # Eq. (4)
 
     v_error, policy_loss, log_pi = actor_loss(agent, batch.obs, z.detach(), noise, args)
-    step(learner.optimizers["actor"], v_error + policy_loss)
+    step(learner.adam_actor, v_error + policy_loss)
     with torch.no_grad():
         for slow, fast in zip(agent["target"].parameters(), agent["v"].parameters()):
             slow.lerp_(fast, args.tau)  # Eq. (8)
@@ -551,13 +559,15 @@ def adapt(
 ) -> tuple[list[Episodes], list[int], Normal]:
     """Alg. 2 on each of the tasks: its episodes (D2), their reset seeds, and the posterior after the last."""
     q_z = prior = Normal(torch.zeros(len(tasks), args.latent_dim), 1.0)
-    episodes, seeds, context, alive = [], [], [], []
+    episodes, seeds, context, alive = [], [], [], []  # of every episode
     mean_actions, everyone = torch.zeros(args.horizon, *env.action_space.shape), np.ones(len(tasks), bool)
     for k in range(args.eval_episodes):
         z = draw(prior if k < args.eval_prior_episodes else q_z, rng)  # Alg. 2, l. 1
-        seeds.append(random_seed(rng))
-        episodes.append(e := rollout(env, tasks, agent["policy"], z, seeds[-1], mean_actions, everyone))  # l. 2
+        seed = random_seed(rng)
+        e = rollout(env, tasks, agent["policy"], z, seed, mean_actions, everyone)  # l. 2
         seen = Transitions(e.obs[:, :-1], e.action, e.reward[..., None], e.obs[:, 1:], e.terminated[..., None])
+        episodes.append(e)
+        seeds.append(seed)
         context.append(tokens(seen, args))
         alive.append(e.alive)
         q_z = posterior(agent["encoder"], torch.cat(context, 1).to(args.device), torch.cat(alive, 1).to(args.device))
@@ -598,15 +608,17 @@ def train(args: Args, run: "Run") -> None:
     """Algorithm 1."""
     env = run.make_env(1).unwrapped
     test_tasks, tasks = env.task_set("test"), different(env.task_set("train"), args.train_tasks)
+    too_many = f"--train-tasks must be at most {len(tasks)}: {args.env} has no more different training tasks"
+    fail(too_many, when=len(tasks) < args.train_tasks)
     learner = make_learner(cache(run.make_env), tasks, args)
-    state = dict(agent=learner.agent, storage=learner.storage, rl=learner.rl, context=learner.context)
-    state |= {f"adam_{name}": optimizer for name, optimizer in learner.optimizers.items()}
+    parts = "agent", "storage", "rl", "context", "adam_critic", "adam_actor"
+    state = {name: getattr(learner, name) for name in parts}
     score = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, learner.agent, args)
     for iteration in run.loop(args.iterations, state, score):
         with run.timer("sample"):
             if iteration == 1:  # l. 1
                 every = torch.arange(len(tasks))
-                collect(learner, every, learner.context, args.initial_steps, False, True, run.rng)
+                collect(learner, every, learner.context, args.initial_steps, infer=False, to_context=True, rng=run.rng)
             returns = collect_iteration(learner, run.rng)  # l. 2
         run.frames = learner.frames
         with run.timer("sac"):
@@ -617,7 +629,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-MAY_CHANGE = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # on --resume
+ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
 
 
 def fail(message: object, when: bool = True) -> None:
@@ -641,12 +654,12 @@ class Run:
     def __init__(self, args: Args):
         name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
-        self.args, self.iteration, self.bar, self.stopped = args, 0, None, 0
-        self.frames, self.owner = 0, f"{SCRIPT}.py on {args.env}"  # the algorithm counts its environment steps
+        self.args, self.owner, self.bar, self.spoke = args, f"{SCRIPT}.py on {args.env}", None, time.time()
+        self.iteration, self.frames, self.stopped = 0, 0, 0  # frames: environment steps, which the algorithm counts
         self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
         torch.manual_seed(args.seed)
         self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
-        torch.set_num_threads(args.num_threads or torch.get_num_threads())
+        torch.set_num_threads(min(args.num_threads or torch.get_num_threads(), os.cpu_count()))
         self.make_env = partial(gym.make_vec, args.env, num_threads=torch.get_num_threads(), horizon=args.horizon)
 
     def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
@@ -671,12 +684,11 @@ class Run:
                 self.evaluation()
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
-            if self.stopped:
-                tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
-                raise SystemExit(128 + self.stopped)
-        self.bar.close()
-        print(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt")
-        print(f"figures: python results/plot.py {self.path}")
+                if self.stopped:
+                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    raise SystemExit(128 + self.stopped)
+        tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt")
+        tqdm.write(f"figures: python results/plot.py {self.path}")
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -692,10 +704,13 @@ class Run:
                 raise FloatingPointError(f"{name} is not finite")
         seconds = time.perf_counter() - self.began
         speed = (self.frames - self.frames_before) / seconds
-        times = self.seconds | {"time/update": seconds - self.seconds["time/sample"], "charts/sps": speed}
+        times = self.seconds | {"time/update": seconds - self.seconds.get("time/sample", 0), "charts/sps": speed}
         self.write("metrics", metrics | times)
         returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
+        if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
+            self.spoke = time.time()
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -722,25 +737,25 @@ class Run:
         stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
         (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
         os.replace(self.path / "saving.json", self.path / "args.json")
-        for file in self.path.glob("*.csv"):
-            os.truncate(file, self.sizes.get(file.name, 0))
+        for name in ("metrics.csv", "eval.csv"):
+            with (self.path / name).open("a") as file:
+                file.truncate(min(file.tell(), self.sizes.get(name, 0)))
         if self.args.track:
-            import wandb
             whose = dict(project="clean-meta-rl", name=self.path.name, id=self.path.name, dir=self.path, config=stored)
             with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
+                import wandb
                 wandb.init(**whose, resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
         self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
-        where = f"seed {self.args.seed}, {self.args.device}, {torch.get_num_threads()} threads -> {self.path}"
-        tqdm.write(f"{self.owner}, {self.args.preset} preset, {where}")
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
-        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
+        """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
         parts = {name: part.state_dict() for name, part in self.state.items()}
         sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
         parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
-        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
+        for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
             content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
             torch.save(content, self.path / "saving.pt")
             os.replace(self.path / "saving.pt", self.path / name)
@@ -752,7 +767,7 @@ class Run:
             fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
             for key, part in parts.items():
                 part.load_state_dict(saved[key])
-            self.iteration, self.frames = saved["iteration"], saved["frames"]
+            self.iteration, self.frames = int(saved["iteration"]), int(saved["frames"])
             if self.args.resume:
                 self.columns, self.sizes, rng, torch_rng = saved["run"]
                 self.rng.set_state(rng.clone())
@@ -760,29 +775,28 @@ class Run:
 
     def on_signal(self, signum: int, _) -> None:
         """The first signal in training lets the iteration finish and be saved; any other ends the program at once."""
-        if self.stopped or not self.bar:
+        if self.stopped or self.bar is None:
             raise SystemExit(128 + signum)
         self.stopped = signum
 
 
 def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
-    fail("--total-timesteps is --frames or --iterations here", when="--total-timesteps" in argv)
+    fail("--total-timesteps is --frames or --iterations here", when="timesteps" in " ".join(argv))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
-    preset = given.preset or ("fast" if given.env in FAST else "paper")
-    fail(f"{given.env} has no fast preset", when=preset == "fast" and given.env not in FAST)
-    values = (FAST if preset == "fast" else PAPER).get(given.env, {})
-    default = replace(Args(), env=given.env, preset=preset, **values)
-    if folder := given.resume or given.evaluate:
+    preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
+    fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
+    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    if folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != asdict(default).keys())
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
+            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
             default = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
     args = tyro.cli(Args, args=argv, default=default, description=about)
-    fixed = ("env", "preset") if args.evaluate else asdict(args).keys() - MAY_CHANGE if args.resume else ()
+    fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
         fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(default, name))
@@ -791,18 +805,16 @@ def parse_args(argv: list[str]) -> Args:
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
     *module, env_id = args.env.split(":")
     with blame(f"--env {args.env}"):
-        for name in module:
-            importlib.import_module(name)
-    near = difflib.get_close_matches(env_id, envs.ENVIRONMENTS, n=3, cutoff=0)
-    fail(f"unknown environment {env_id!r}; did you mean {', '.join(near)}?", when=env_id not in envs.ENVIRONMENTS)
-    for message, holds in check(args, envs.ENVIRONMENTS[env_id]).items():
+        [*map(importlib.import_module, module)]
+        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
+    for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 
 
 if __name__ == "__main__":  # faults of the user or of the machine become one line; those of the program, a traceback
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         run = Run(args := parse_args(sys.argv[1:]))
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -811,6 +823,6 @@ if __name__ == "__main__":  # faults of the user or of the machine become one li
     except FloatingPointError as error:
         fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
     except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|[Ss]torage|writ|iostream", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|iostream", str(error)):
             raise
         fail(str(error) or type(error).__name__)

@@ -21,8 +21,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from mujoco.batch import Batch
 
-_WARNINGS = mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC
-DIVERGED = [int(w) for w in _WARNINGS]
+DIVERGED = [int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{name}")) for name in ("QPOS", "QVEL", "QACC")]
 ASSETS = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
 
 
@@ -44,10 +43,6 @@ class Tasks:
         """The tasks that a slice, an index array or a boolean mask selects (an integer gives a batch of one)."""
         index = np.atleast_1d(index) if np.isscalar(index) else index
         return Tasks(self.params[index], self.cluster[index])
-
-    @staticmethod
-    def concatenate(parts: "list[Tasks]") -> "Tasks":
-        return Tasks(np.concatenate([p.params for p in parts]), np.concatenate([p.cluster for p in parts]))
 
 
 class LegacyRandom(np.random.RandomState):
@@ -156,7 +151,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         ids = np.flatnonzero(mask)
 
         super().reset(seed=seed)
-        if seed is not None or not self.rngs:
+        if seed is not None or not self.rngs:  # the first reset seeds all copies, later ones those of the mask
             first = self.np_random_seed if seed is None else seed
             streams = [seeding.np_random(first + i)[0] for i in range(self.num_envs)]
             self.rngs = streams if not self.rngs else [s if m else r for s, m, r in zip(streams, mask, self.rngs)]
@@ -165,17 +160,14 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         shapes = (self.num_envs, self.task_dim), (self.num_envs,)
         if tasks is not None and (np.shape(tasks.params), np.shape(tasks.cluster)) != shapes:
             raise ValueError(f"options['tasks'] needs params of shape {shapes[0]} and cluster of shape {shapes[1]}")
-        if tasks is None:
-            new = np.full(self.num_envs, seed is not None) | (self.tasks.cluster < 0)
-            drawn = [
-                self.sample_tasks(1, self.rngs[i]) if new[i] and mask[i] else self.tasks[i]
-                for i in range(self.num_envs)
-            ]
-            tasks = Tasks.concatenate(drawn)
-        self.tasks = Tasks(
-            np.where(mask[:, None], tasks.params, self.tasks.params),
-            np.where(mask, tasks.cluster, self.tasks.cluster),
-        )
+        params, cluster = self.tasks.params.copy(), self.tasks.cluster.copy()
+        for i in ids:
+            if tasks is not None:
+                params[i], cluster[i] = tasks.params[i], tasks.cluster[i]
+            elif seed is not None or cluster[i] < 0:  # none yet
+                drawn = self.sample_tasks(1, self.rngs[i])
+                params[i], cluster[i] = drawn.params[0], drawn.cluster[0]
+        self.tasks = Tasks(params, cluster)
         self.apply_tasks(ids)
         self.reset_state(ids)
         self.elapsed[mask] = 0
@@ -202,7 +194,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.advance(slice(None) if alive.all() else np.flatnonzero(alive), action)
         self.elapsed[alive] += 1
         self.broke |= alive & self.diverged()
-        self.fell |= alive & self.terminated() & ~self.broke
+        self.fell |= alive & ~self.broke & self.terminated()
         reward = np.where(alive & ~self.broke, self.reward(action), 0.0)
         truncated = (self.broke | (self.elapsed >= self.horizon)) & ~self.fell
         self.done = self.fell | truncated
@@ -219,7 +211,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         env.arguments = args, kwargs
         return env
 
-    def __getstate__(self):
+    def __getstate__(self):  # without the objects of MuJoCo, which __init__ makes anew
         return {name: x for name, x in vars(self).items() if not type(x).__module__.startswith("mujoco")}
 
     def __setstate__(self, state):
@@ -269,7 +261,7 @@ class MujocoVectorEnv(TaskVectorEnv):
             raise ValueError(f"dt is {self.dt}, but the model steps {self.model.opt.timestep * self.frame_skip}")
         self.batch = Batch(self.model, num_envs, num_threads)
         self.stage = int(mujoco.mjtStage.mjSTAGE_ACC if self.contact_forces else self.stage)
-        self.physics, self.warnings = self.batch.state, self.batch.warning  # live: copies and pickles need them
+        self.physics, self.warnings = self.batch.state, self.batch.warning  # views, which put_back fills in a copy
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self.renderer = None
 
@@ -299,14 +291,15 @@ class MujocoVectorEnv(TaskVectorEnv):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.batch.forward()  # the derived fields
-        self.physics[:] = state["physics"]
+        self.batch.forward()  # the derived fields are not part of the state
+        self.physics[:] = state["physics"]  # again: forward has changed the warm start
 
     def advance(self, ids: slice | np.ndarray, action: np.ndarray) -> None:
         self.ctrl[ids] = self.control(action)[ids]
         before = self.diverged()
         self.batch.step(None if isinstance(ids, slice) else ids, nstep=self.frame_skip, stage=self.stage)
-        if (copies := np.flatnonzero(self.diverged() & ~before)).size:
+        copies = np.flatnonzero(self.diverged() & ~before)
+        if copies.size:
             gym.logger.warn(f"{type(self).__name__}: copies {copies} diverged, MuJoCo reset them")
 
     def diverged(self):
@@ -336,7 +329,7 @@ class MujocoVectorEnv(TaskVectorEnv):
 def put_back(fresh, saved):
     """An attribute of a copied environment: arrays that show the simulator's memory are written, others replaced."""
     if isinstance(fresh, np.ndarray) and not fresh.flags.owndata:
-        if fresh.flags.writeable:
+        if fresh.flags.writeable:  # else it only shows what the simulator derives
             fresh[...] = saved
         return fresh
     if isinstance(fresh, list) and len(fresh) == len(saved):

@@ -13,6 +13,8 @@ import itertools
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,7 +26,7 @@ import tyro
 from scipy.stats import bootstrap
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import normalized_mutual_info_score as nmi
 
 import envs
 
@@ -47,13 +49,13 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 SHAPES = {
     "params": ("task", "parameter"),
     "cluster": ("task",),
-    "trace": ("episode", "state", "task", 2),
+    "trace": ("episode", "state", "task", "coordinate"),
     "returns": ("episode", "task", "rollout"),
     "cluster_belief": ("episode", "state", "task", "inferred cluster"),
     "belief_mean": ("episode", "state", "task", "latent"),
     "belief_std": ("episode", "state", "task", "latent"),
     "embedding": ("task", "dimension"),
-    "reward_weights": (2, "step"),
+    "reward_weights": ("weight", "step"),
     "action": ("episode", "step", "task", "action"),
 }
 NO_SHAPE = "alpha", "seed"  # a number, or several
@@ -74,34 +76,33 @@ class Unusable(Exception):
 # == Reading ===========================================================================================================
 
 
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever exception the block raises becomes one line, which begins with what is to blame."""
+    try:
+        yield
+    except Exception as error:
+        raise Unusable(f"{what}: {error}") from None
+
+
 def read_args(run: Path) -> dict:
     """args.json, checked where it is used here."""
-    path = run / "args.json"
     for name in ("args.json", "eval.csv"):
         if not (run / name).is_file():
             raise Unusable(f"{run} is not a run folder: it has no {name}")
-    try:
-        args = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise Unusable(f"{path} is damaged: {error}") from None
-    if not isinstance(args, dict):
-        raise Unusable(f"{path} holds a {type(args).__name__}, not the arguments of a run")
-    for name in ("script", "env"):
-        if not isinstance(args.get(name), str) or not args[name]:
-            raise Unusable(f"{path}: {name} must be a name, not {json.dumps(args.get(name))}")
-    for name in ("horizon", "eval_prior_episodes"):  # not in every run; without a horizon it is the environment's
-        if args.get(name) is None:
-            args.pop(name, None)
-        elif type(args[name]) is not int or args[name] < 1:
-            raise Unusable(f"{path}: {name} must be a positive integer, not {json.dumps(args[name])}")
+    with blame(f"{run / 'args.json'} is damaged"):
+        args = json.loads((run / "args.json").read_text())
+        if not all(isinstance(args[name], str) and args[name] for name in ("script", "env")):
+            raise ValueError("script and env must be names")
+        counts = [args[name] for name in ("horizon", "eval_prior_episodes") if args.get(name) is not None]
+        if any(type(n) is not int or n < 1 for n in counts):
+            raise ValueError("horizon and eval_prior_episodes must be positive integers")
     return args
 
 
 def make_env(args: dict, **kwargs) -> envs.TaskVectorEnv:
-    try:
+    with blame(f"environment {args['env']!r} cannot be made"):  # "module:id" may import anything
         env = gym.make_vec(args["env"], **kwargs).unwrapped
-    except Exception as error:  # "module:id" may import anything
-        raise Unusable(f"environment {args['env']!r} cannot be made: {error}") from None
     if not isinstance(env, envs.TaskVectorEnv):
         raise Unusable(f"environment {args['env']!r} has no tasks")
     return env
@@ -112,56 +113,44 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
 
     The last row of a run that was killed, or still writes, may be cut, or followed by rubbish: it is left out.
     """
-    *lines, rest = path.read_bytes().split(b"\n")
-    if not lines:
-        raise Unusable(f"{path} has no rows" if not rest.strip(b"\0") else f"{path} has no whole line")
-    names, *lines = (line.decode(errors="replace").strip("\r").split(",") for line in lines)
-    if not {"iteration", "charts/frames"} <= set(names) or not any(map(RETURN.fullmatch, names)):
-        raise Unusable(f"{path} lacks the columns iteration, charts/frames or eval/return_...")
-    if len(set(names)) < len(names):
-        raise Unusable(f"{path} has two columns of one name")
-    rows = []
-    for number, line in enumerate(lines, start=2):
+    with blame(f"{path} is damaged"):
+        *lines, _ = path.read_text(errors="replace").split("\n")  # nothing, or a line without its end
+        names, *rows = [line.split(",") for line in lines] or [[]]
         try:
-            rows.append([float(cell) for cell in line])
-            if len(line) != len(names):
-                raise ValueError
+            values = np.array([[float(cell) for cell in row] for row in rows])
         except ValueError:
-            if number == len(lines) + 1:
-                rows = rows[: number - 2]
-                break
-            raise Unusable(f"{path} is damaged in line {number}") from None
-    if not rows:
-        raise Unusable(f"{path} has no rows")
-    table = dict(zip(names, np.array(rows).T))
-    for name, column in table.items():
-        if (name in ("iteration", "charts/frames") or RETURN.fullmatch(name)) and not np.isfinite(column).all():
-            raise Unusable(f"{path}: {name} is not finite")
-    if (np.diff(table["iteration"]) <= 0).any() or (np.diff(table["charts/frames"]) < 0).any():
-        raise Unusable(f"{path}: iterations and frames do not increase")
+            values = np.array([[float(cell) for cell in row] for row in rows[:-1]])
+        if values.shape[1:] != (len(names),):
+            raise ValueError(f"it has no rows of {len(names)} numbers")
+        table = dict(zip(names, values.T))
+        returns = [name for name in names if RETURN.fullmatch(name)]
+        if not {"iteration", "charts/frames"} <= set(names) or not returns:
+            raise ValueError("it lacks the columns iteration, charts/frames or eval/return_...")
+        if not np.isfinite([table[name] for name in ("iteration", "charts/frames", *returns)]).all():
+            raise ValueError("it has returns, iterations or frames that are not finite")
+        if (np.diff(table["iteration"]) <= 0).any() or (np.diff(table["charts/frames"]) < 0).any():
+            raise ValueError("iterations and frames do not increase")
     return table
 
 
 def read_arrays(path: Path, env: envs.TaskVectorEnv) -> dict[str, np.ndarray]:
     """Of eval.npz what SHAPES and NO_SHAPE name."""
-    try:
-        file = np.load(path)
-        data = {name: file[name] for name in (*SHAPES, *NO_SHAPE) if name in file.files}
-    except Exception as error:  # a damaged zip file fails in many ways
-        raise Unusable(f"{path} is damaged ({type(error).__name__})") from None
-    needed = {"params", "cluster", "trace"} | ({"belief_std"} if "belief_mean" in data else set())
-    if missing := sorted(needed - data.keys()):
-        raise Unusable(f"{path} has no {', '.join(missing)}")
-    sizes = {"parameter": env.task_dim, "action": env.action_dim}
-    for name, array in data.items():
-        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
-            raise Unusable(f"{path}: {name} is not made of finite numbers")
-        shape = SHAPES.get(name, array.shape)
-        expected = [sizes.setdefault(size, n) if isinstance(size, str) else size for size, n in zip(shape, array.shape)]
-        if len(shape) != array.ndim or list(array.shape) != expected or 0 in expected:
-            raise Unusable(f"{path}: {name} has shape {list(array.shape)}, not [{', '.join(map(str, shape))}]")
-    if not np.isin(data["cluster"], range(env.num_clusters)).all():
-        raise Unusable(f"{path}: cluster holds other numbers than 0 to {env.num_clusters - 1}")
+    with blame(f"{path} is damaged"):
+        with np.load(path) as file:
+            data = {name: file[name] for name in (*SHAPES, *NO_SHAPE) if name in file.files}
+        needed = {"params", "cluster", "trace"} | ({"belief_std"} if "belief_mean" in data else set())
+        if missing := sorted(needed - data.keys()):
+            raise ValueError(f"it has no {', '.join(missing)}")
+        sizes = dict(parameter=env.task_dim, action=env.action_dim, coordinate=min(2, env.obs_dim), weight=2)
+        for name, array in data.items():
+            shape = SHAPES.get(name, array.shape)
+            known = [sizes.setdefault(size, n) for size, n in zip(shape, array.shape)]
+            if len(shape) != array.ndim or list(array.shape) != known or 0 in known:
+                raise ValueError(f"{name} has shape {list(array.shape)}, not [{', '.join(map(str, shape))}]")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} is not made of finite numbers")
+        if not np.isin(data["cluster"], range(env.num_clusters)).all():
+            raise ValueError(f"cluster holds other numbers than 0 to {env.num_clusters - 1}")
     return data | {"cluster": data["cluster"].astype(int)}
 
 
@@ -237,7 +226,7 @@ def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[
 
     Pooled into learning_curve.png; of every true cluster, where there are several, into learning_curve_clusters.png.
     """
-    horizons = {args.get("horizon", env.horizon) for args in settings}
+    horizons = {args.get("horizon") or env.horizon for args in settings}
     for what, values in (("environments", {args["env"] for args in settings}), ("horizons", horizons)):
         if len(values) > 1:
             raise Unusable(f"runs of different {what} on one figure: {', '.join(map(str, sorted(values)))}")
@@ -266,21 +255,20 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, sharex=True, sharey="row", squeeze=False)
     budgets = [table["charts/frames"][-1] for method in compared for table in method.tables]
     for row, row_axes, levels in zip(rows, axes, anchors):
-        seen = [*levels.values()]  # returns that must be in the picture
+        drawn = [(method, column) for columns in row.values() for method, column in zip(compared, columns)]
+        late = [t[column][len(t[column]) // 4 :] for method, column in drawn for t in method.tables if column in t]
+        shown = np.concatenate([*late, [*levels.values()]])  # an untrained agent may fall out of the picture
+        margin = 0.05 * np.ptp(shown) or 1
+        row_axes[0].set_ylim(shown.min() - margin, shown.max() + margin)
+        row_axes[0].set_ylabel("return on held-out tasks")
         for axis, (title, columns) in zip(row_axes, row.items()):
             for method, column in zip(compared, columns):
-                seen += draw_method(axis, method, column, aligned=len(set(columns)) > 1)
+                draw_method(axis, method, column, aligned=len(set(columns)) > 1)
             for action, level in levels.items():
                 name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
                 axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
             axis.set_title(title)
-        margin = 0.05 * (max(seen) - min(seen)) or 1
-        row_axes[0].set_ylim(min(seen) - margin, max(seen) + margin)
-        row_axes[0].set_ylabel("return on held-out tasks")
-        told = None
-        for axis in row_axes:
-            if told != (told := axis.get_legend_handles_labels()[1]):
-                axis.legend(fontsize=7)
+            axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("environment frames")
     if max(budgets) >= 10 * min(budgets) > 0:
@@ -288,18 +276,18 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
     return figure
 
 
-def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool) -> list[float]:
-    """Mean and seeds of a column; returns the values that must be in the picture."""
+def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool) -> None:
+    """Mean and seeds of a column."""
     tables = [table for table in method.tables if column in table]
     if not tables:
-        return []
+        return
     common = reduce(np.intersect1d, [table["iteration"] for table in tables])
     kept = [np.isin(table["iteration"], common) for table in tables]
     frames = np.mean([table["charts/frames"][rows] for table, rows in zip(tables, kept)], axis=0)
     values = np.stack([table[column][rows] for table, rows in zip(tables, kept)])  # [seed, n]
     kind, k, _ = RETURN.fullmatch(column).groups()
     label = f"{method.label}, {kind} {k}" if aligned else method.label
-    if kind == "episode" and "eval_prior_episodes" in method.args and int(k) <= method.args["eval_prior_episodes"]:
+    if kind == "episode" and int(k) <= (method.args.get("eval_prior_episodes") or 0):
         label += ", z of the prior"  # not adapted within the episode, as others are
     if len(tables) >= 5:
         result = bootstrap((values,), np.mean, axis=0, method="percentile", rng=np.random.default_rng(0))
@@ -309,11 +297,26 @@ def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool) -> l
             axis.plot(table["charts/frames"], table[column], color=method.colour, linewidth=0.6, alpha=0.6)
     marker = "o" if len(frames) < 3 else None  # a point alone makes no line
     axis.plot(frames, values.mean(0), color=method.colour, linewidth=1.8, marker=marker, markersize=3, label=label)
-    # an untrained agent may fall out of it
-    return [value for table in tables for value in table[column][len(table[column]) // 4 :]]
 
 
 # == Figures of one run ================================================================================================
+
+
+def shown_cluster(data: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """The cluster of every task that was inferred after exploration, or else the true one; and which it is."""
+    if "cluster_belief" in data:
+        return data["cluster_belief"][0, -1].argmax(-1), "inferred"
+    return data["cluster"], "true"
+
+
+def after(k: int) -> str:
+    return f"after {k} gradient step{'s'[k == 1 :]}"
+
+
+def draw_spread(axis: plt.Axes, values: np.ndarray) -> None:
+    """Of values [step, task], the mean and the range of the middle 80 % of the tasks."""
+    axis.plot(values.mean(1))
+    axis.fill_between(range(len(values)), *np.quantile(values, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
 
 
 def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -322,11 +325,8 @@ def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     A dotted line joins a goal to its trace where that ends more than a quarter of the way off, after the first episode,
     in which the goal is not known.
     """
-    inferred = "cluster_belief" in data
-    guess = data["cluster_belief"][0, -1].argmax(-1) if inferred else data["cluster"]
-    titles = [f"episode {k}" for k in range(1, len(data["trace"]) + 1)]
-    if "returns" in data:
-        titles = [f"after {k} gradient step{'s'[k == 1 :]}" for k in range(len(data["trace"]))]
+    guess, which = shown_cluster(data)
+    titles = [after(k) if "returns" in data else f"episode {k + 1}" for k in range(len(data["trace"]))]
     far = np.linalg.norm(data["params"], axis=1).mean() / 4
     figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True, squeeze=False)
     for k, (axis, trace, title) in enumerate(zip(axes[0], data["trace"], titles)):
@@ -339,8 +339,8 @@ def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
                 axis.plot(*np.stack([trace[-1, i], goal]).T, ":", color=colour, linewidth=0.8)
         axis.set(title=f"{title}: {strays.sum()} of {len(strays)} end far off", aspect="equal", xlabel="x")
     axes[0][0].set_ylabel("y")
-    clusters = f"inferred clusters, NMI {nmi(data['cluster'], guess):.2f}" if inferred else "true clusters"
-    figure.suptitle(f"{env}: {len(np.unique(guess))} {clusters}")
+    score = f", NMI {nmi(data['cluster'], guess):.2f}" if which == "inferred" else ""
+    figure.suptitle(f"{env}: {len(np.unique(guess))} {which} clusters{score}")
     save(figure, path)
 
 
@@ -350,7 +350,7 @@ def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> Non
     order = np.argsort(data["params"][:, 0])
     for k, returns in enumerate(data["returns"]):
         velocity, mean, sd = data["params"][order, 0], returns.mean(1)[order], returns.std(1)[order]
-        (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=f"after {k} gradient step{'s'[k == 1 :]}")
+        (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=after(k))
         axis.fill_between(velocity, mean - sd, mean + sd, alpha=0.2, color=line.get_color(), linewidth=0)
     alpha = f", α = {data['alpha']:g}" if "alpha" in data and data["alpha"].ndim == 0 else ""
     axis.set(xlabel="target velocity (m/s)", ylabel="return", title=f"{env}{alpha}")
@@ -373,8 +373,7 @@ def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.nd
             axes[0].axhline(ceiling, color="0.4", linestyle="--", linewidth=1, label=f"knows the task: {ceiling:.2f}")
         axes[0].legend(fontsize=7)
     axes[0].set(xlabel="step of the exploration episode", ylabel="NMI", ylim=(-0.02, 1.05))
-    axes[1].plot(entropy.mean(1))
-    axes[1].fill_between(range(len(q)), *np.quantile(entropy, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
+    draw_spread(axes[1], entropy)
     axes[1].axhline(np.log(q.shape[-1]), color="0.4", linestyle=":", linewidth=1, label="uniform belief")
     axes[1].set(
         xlabel="step of the exploration episode",
@@ -389,11 +388,9 @@ def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.nd
 def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """Over the steps of a trial: the standard deviation of q(z), and where its mean goes, a line a test task."""
     mean, std = (np.concatenate([x[0], *x[1:, 1:]]) for x in (data["belief_mean"], data["belief_std"]))  # [H+ + 1, ...]
-    std = std.mean(-1)  # [H+ + 1, task]
     direction = PCA(1).fit(mean[-1]).components_[0] if mean.shape[1] > 1 else np.eye(mean.shape[2])[0]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-    axes[0].plot(std.mean(1))
-    axes[0].fill_between(range(len(std)), *np.quantile(std, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
+    draw_spread(axes[0], std.mean(-1))
     axes[0].set(ylabel="standard deviation of q(z)", ylim=(0, None))
     for line, cluster in zip((mean @ direction).T, data["cluster"]):
         axes[1].plot(line, color=CLUSTER_COLOURS[cluster % 10], linewidth=0.8)
@@ -412,15 +409,14 @@ def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """
     points = data["embedding"]  # [task, dim]
     points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
-    inferred = "cluster_belief" in data
-    guess = data["cluster_belief"][0, -1].argmax(-1) if inferred else data["cluster"]
+    colours, which = shown_cluster(data)
     maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(points) - 1), random_state=0)}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
     for axis, (name, method) in zip(axes, maps.items()):
-        for (x, y), colour, true in zip(method.fit_transform(points), guess, data["cluster"]):
+        for (x, y), colour, true in zip(method.fit_transform(points), colours, data["cluster"]):
             axis.plot(x, y, "os^Dv<>"[true % 7], color=CLUSTER_COLOURS[colour % 10], markersize=6, alpha=0.8)
         axis.set_title(f"{name} of the task embeddings")
-    figure.suptitle(f"{env}: " + ("colour inferred, shape true cluster" if inferred else "true clusters"))
+    figure.suptitle(f"{env}: colour {which}, shape true cluster")
     save(figure, path)
 
 
@@ -432,10 +428,6 @@ def reward_weights(data: dict[str, np.ndarray], path: Path) -> None:
     axis.set(xlabel="step of the exploration episode", title="exploration reward weights, Eq. (13)")
     axis.legend()
     save(figure, path)
-
-
-def nmi(labels: np.ndarray, clusters: np.ndarray) -> float:
-    return float(normalized_mutual_info_score(labels, clusters))
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -458,7 +450,7 @@ def draw(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         learning_curves(env, settings, tables, out)
-        if "goal" in name and data:
+        if "goal" in name and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
             cluster_map(name, data, out / "cluster_map.png")
         if "cluster_belief" in data:
             cluster_belief(name, data, tables[0], out / "belief.png")

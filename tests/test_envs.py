@@ -183,6 +183,20 @@ def test_divergence_is_announced_and_cuts_the_episode_off_unpaid(monkeypatch, en
     assert not (terminated | truncated | info["diverged"]).any() and len(said) == 1
 
 
+def test_a_diverged_copy_is_not_terminated_even_where_its_state_says_so(monkeypatch):
+    class Falls(envs.ENVIRONMENTS["walker-dir"]):
+        def terminated(self):
+            return np.ones(self.num_envs, bool)
+
+    monkeypatch.setattr(gym.logger, "warn", lambda _: None)
+    env = Falls(num_envs=2)
+    env.reset(seed=0)
+    blow_up(env, 1)
+    for _ in range(2):
+        _, _, terminated, truncated, _ = env.step(np.zeros((2, 6)))
+        assert terminated.tolist() == [True, False] and truncated.tolist() == [False, True]
+
+
 def test_divergence_at_the_last_step_and_in_the_single_form(monkeypatch):
     monkeypatch.setattr(gym.logger, "warn", lambda _: None)
     env = gym.make("walker-dir", horizon=1)
@@ -205,6 +219,19 @@ def test_reset_mask_touches_only_its_rows():
     np.testing.assert_array_equal(env.elapsed, [0, 5, 5, 0])
     np.testing.assert_array_equal(env.tasks.params[mask], new.params[mask])
     np.testing.assert_array_equal(env.tasks.params[~mask], tasks.params[~mask])
+    np.testing.assert_array_equal(env.tasks.cluster, np.where(mask, new.cluster, tasks.cluster))
+
+
+def test_a_seed_with_a_mask_leaves_streams_and_tasks_of_the_other_rows():
+    env, untouched = make("ant-goal-4c"), make("ant-goal-4c")
+    mask = np.array([True, False, False, True])
+    env.reset(seed=9, options={"reset_mask": mask})
+    fresh = gym.make_vec("ant-goal-4c", num_envs=4).unwrapped
+    fresh.reset(seed=9)
+    np.testing.assert_array_equal(env.tasks.params, np.where(mask[:, None], fresh.tasks.params, untouched.tasks.params))
+    np.testing.assert_array_equal(env.tasks.cluster, np.where(mask, fresh.tasks.cluster, untouched.tasks.cluster))
+    numbers = [[rng.random() for rng in e.rngs] for e in (env, fresh, untouched)]
+    np.testing.assert_array_equal(numbers[0], np.where(mask, *numbers[1:]))
 
 
 def test_tasks_persist_without_a_seed_and_are_redrawn_with_one():
@@ -466,6 +493,12 @@ def test_task_sets_are_fixed_balanced_and_disjoint(env_id):
         return
     for tasks, size in ((train, 500), (test, a.num_test_tasks)):
         assert np.bincount(tasks.cluster).tolist() == [size // a.num_clusters] * a.num_clusters
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_single_tasks_come_from_every_cluster(env_id):
+    env, rng = make(env_id, 1), np.random.default_rng(0)
+    assert {int(env.sample_tasks(1, rng).cluster[0]) for _ in range(50)} == set(env.cluster_cycle("train"))
 
 
 def test_goals_are_the_papers():

@@ -9,6 +9,7 @@ import pearl
 import probes  # noqa: F401
 import pytest
 import torch
+from conftest import train
 from torch import nn
 from torch.distributions import Normal
 
@@ -43,7 +44,7 @@ def make_learner(net=None, tasks=6, steps=40, **kwargs) -> pearl.Learner:
     learner = pearl.make_learner(lambda n: env, params, args)
     learner.agent.load_state_dict((net or learner.agent).state_dict())
     for task in range(tasks):
-        rows = learner.storage.add(make_episodes(steps // 10, 10))
+        rows = torch.cat(learner.storage.add(make_episodes(steps // 10, 10)))
         learner.rl.add(task, rows)
         learner.context.add(task, rows)
     return learner
@@ -177,6 +178,12 @@ def test_posterior_leaves_out_what_came_after_a_fall(agent):
     torch.testing.assert_close(masked.variance, short.variance)
 
 
+def test_posterior_of_a_context_in_which_nothing_is_alive_is_the_prior(agent):
+    alive = torch.tensor([[True] * 9, [False] * 9])
+    q = pearl.posterior(agent["encoder"], torch.randn(2, 9, OBS + ACTION + 1), alive)
+    assert q.mean[1].tolist() == [0, 0] and q.stddev[1].tolist() == [1, 1] and q.mean[0].all()
+
+
 def test_tokens_with_and_without_the_next_state():
     parts = pearl.Transitions(*(k * torch.ones(2, 4, n) for k, n in enumerate((OBS, ACTION, 1, OBS, 1), start=1)))
     assert pearl.tokens(parts, small_args())[0, 0].tolist() == [1, 1, 1, 2, 2, 3]
@@ -308,7 +315,8 @@ def test_storage_keeps_the_steps_taken_and_their_successors():
     episodes = make_episodes(2, 5, alive)
     storage.add(make_episodes(1, 5))
     rows = storage.add(episodes)
-    assert len(rows) == 8 and storage.used == 6 + 6 + 4
+    assert [len(r) for r in rows] == [5, 3] and storage.used == 6 + 6 + 4
+    rows = torch.cat(rows)
     expected = [torch.cat([x[0, :5], x[1, :3]]) for x in (episodes.obs, episodes.action, episodes.reward[..., None])]
     expected += [torch.cat([episodes.obs[0, 1:], episodes.obs[1, 1:4]]), torch.tensor([0.0] * 7 + [1])[:, None]]
     for found, wanted in zip(storage.read(rows[None]), expected):
@@ -319,8 +327,23 @@ def test_storage_grows_and_keeps_what_it_has():
     storage = pearl.Storage(OBS, ACTION)
     episodes = make_episodes(1, 40_000)
     rows = [storage.add(episodes) for _ in range(4)]
-    for r in rows:
+    for (r,) in rows:
         assert torch.equal(storage.read(r[None]).next_obs[0], episodes.obs[0, 1:])
+
+
+@pytest.mark.parametrize("steps, grows", [(2**16 - 1, False), (2**16, True)])
+def test_storage_can_be_full_to_the_last_row(steps, grows):
+    storage, episodes = pearl.Storage(OBS, ACTION), make_episodes(1, steps)
+    (rows,) = storage.add(episodes)
+    assert (len(storage.data) > 2**16) == grows
+    assert torch.equal(storage.read(rows[None]).next_obs[0], episodes.obs[0, 1:])
+
+
+def test_storage_goes_on_from_an_empty_checkpoint():
+    storage, episodes = pearl.Storage(OBS, ACTION), make_episodes(2, 5)
+    storage.load_state_dict(pearl.Storage(OBS, ACTION).state_dict())
+    rows = torch.cat(storage.add(episodes))
+    assert torch.equal(storage.read(rows[None]).obs[0], episodes.obs[:, :5].flatten(0, 1))
 
 
 def test_index_samples_each_of_its_own_rows():
@@ -341,7 +364,7 @@ def test_replay_data_survive_a_checkpoint(tmp_path):
         getattr(again, name).load_state_dict(part)
     for each in (learner, again):
         torch.manual_seed(5)
-        each.rl.add(1, each.storage.add(make_episodes(2, 10)))
+        each.rl.add(1, torch.cat(each.storage.add(make_episodes(2, 10))))
     for name in ("rl", "context"):
         rows, same = (getattr(x, name).sample(torch.tensor([0, 5, 1, 3]), 9, generator()) for x in (learner, again))
         assert torch.equal(rows, same)
@@ -386,8 +409,9 @@ def test_every_visit_infers_from_its_own_context_and_the_last_one_stays(monkeypa
     rows = learner.rl.rows[0].view(-1, 10)  # [episode, step], all of one task
     prior, one, two = rows[:6].view(3, 20), rows[6:9], rows[9:12]  # [visit, step], the two of the posterior block
     assert torch.equal(learner.context.rows[0], torch.cat([prior[2], one[2], two[2]]))
-    states = lambda rows: set(map(tuple, learner.storage.data["obs"][rows].tolist()))  # noqa: E731
+    states = lambda rows: set(map(tuple, learner.storage.data[rows, :2].tolist()))  # noqa: E731
     context = [tokens[..., :2] for (_, tokens), _ in seen]  # [z, token, 2]
+    assert {c.shape[1] for c in context} == {learner.args.context}
     for i in range(3):
         assert set(map(tuple, context[0][i].tolist())) <= states(prior[i])
         in_extra = set(map(tuple, context[-1].view(3, -1, 2)[i].tolist()))
@@ -401,7 +425,9 @@ def test_blocks_are_of_steps_where_walkers_fall(monkeypatch, infer, to_context):
     pearl.collect(learner, tasks, contexts, 100, False, True, rng := generator())
     before = [len(r) for r in contexts.rows]
     played = spy_on(monkeypatch, "rollout")
-    pearl.collect(learner, tasks, contexts, 500, infer, to_context, rng)
+    found = pearl.collect(learner, tasks, contexts, 500, infer, to_context, rng)
+    returns = torch.cat([episodes.reward.sum(1)[play] for (*_, play), episodes in played])
+    assert found == pytest.approx(returns.mean().item(), rel=1e-5), "of those that played"
     taken, sequential = torch.zeros(3), infer and to_context
     for (*_, play), episodes in played:
         play = torch.from_numpy(play).view(3, -1)
@@ -428,10 +454,25 @@ def test_a_diverged_simulation_is_no_fall_and_its_last_step_is_dropped():
     episodes = pearl.rollout(env, env.task_set("train")[:2], net["policy"], torch.zeros(2, 2), 0, noise, everyone)
     assert episodes.alive.sum(1).tolist() == [6, 3] and not episodes.terminated.any()
     storage = pearl.Storage(2, 2)
-    rows = storage.add(episodes)
+    rows = torch.cat(storage.add(episodes))
     kept = storage.read(rows[None])
     assert len(rows) == 9 and not kept.terminated.any()
     assert torch.equal(kept.next_obs[0, -1], episodes.obs[1, 3])
+
+
+class Ends(envs.ENVIRONMENTS["point-goal-4c"]):
+    """All copies fall in step 3."""
+
+    def terminated(self):
+        return self.elapsed == 3
+
+
+def test_the_last_state_stays_once_everyone_has_fallen():
+    env, net = Ends(num_envs=2, horizon=6), pearl.make_agent(2, 2, small_args())
+    everyone, noise = np.ones(2, bool), torch.randn(6, 2, 2, generator=generator())
+    episodes = pearl.rollout(env, env.task_set("train")[:2], net["policy"], torch.zeros(2, 2), 0, noise, everyone)
+    assert episodes.terminated.nonzero()[:, 1].tolist() == [2, 2] and episodes.obs[:, 3].all()
+    assert torch.equal(episodes.obs[:, 4:], episodes.obs[:, 3:4].expand(-1, 3, -1))
 
 
 def make_fall(policy: pearl.MLP) -> None:
@@ -506,6 +547,20 @@ def test_training_tasks_are_the_first_different_ones():
     assert len(pearl.different(gym.make_vec("ml2").unwrapped.task_set("train"), 4)) == 4
 
 
+@pytest.mark.parametrize("env, most", [("cheetah-dir", 2), ("ant-cheetah-dir", 4), ("point-goal-4c", 500)])
+def test_more_training_tasks_than_there_are_get_one_line(tmp_path, env, most):
+    with pytest.raises(SystemExit, match=f"--train-tasks must be at most {most}: {env} has no more"):
+        train(pearl, env=env, train_tasks=most + 1, run_dir=str(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("env_id", envs.ENVIRONMENTS)
+def test_every_environment_has_the_tasks_of_its_preset(env_id):
+    n = pearl.parse_args(["--env", env_id]).train_tasks
+    params = envs.ENVIRONMENTS[env_id]().task_set("train").params
+    assert len(np.unique(params, axis=0)) >= n
+
+
 @pytest.mark.parametrize(
     "env, tasks, meta_batch, initial, prior, extra, gradient_steps, context, visits, next_obs",
     [
@@ -514,6 +569,7 @@ def test_training_tasks_are_the_first_different_ones():
         ("ant-dir", 2, 4, 2000, 400, 600, 4000, 256, 5, False),
         ("walker-dir", 2, 4, 2000, 1000, 1000, 2000, 256, 5, False),
         ("ml2", 4, 4, 2000, 1000, 1000, 2000, 256, 10, False),
+        ("ant-cheetah-dir", 4, 4, 2000, 1000, 1000, 2000, 256, 10, False),
         ("ant-goal-4c", 500, 16, 200, 400, 600, 4000, 256, 5, False),
         ("hopper-params-4c", 500, 16, 200, 400, 600, 4000, 256, 5, True),
     ],
@@ -543,7 +599,6 @@ def test_every_preset_names_an_environment_and_fields():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--train-tasks", "501"], "--train-tasks must be at most 500"),
         (["--batch", "0"], "--batch must be"),
         (["--tau", "0"], "--tau must be in (0, 1]"),
         (["--gamma", "1.1"], "--gamma must be in [0, 1]"),

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import probes
 import pytest
 from conftest import ROOT
+
+import envs
 
 sys.path.insert(0, str(ROOT / "results"))
 import plot
@@ -27,7 +30,8 @@ def table(columns: list[str], frames=FRAMES, seed: int = 0) -> str:
 
 def arrays(env: str, episodes: int = 2, states: int = H + 1) -> dict[str, np.ndarray]:
     tasks = gym.make_vec(env).unwrapped.task_set("test")
-    trace = np.linspace(0, 1, states)[None, :, None, None] * np.ones((episodes, states, len(tasks), 2))
+    coordinates = min(2, gym.make_vec(env).unwrapped.obs_dim)
+    trace = np.linspace(0, 1, states)[None, :, None, None] * np.ones((episodes, states, len(tasks), coordinates))
     return dict(params=tasks.params, cluster=tasks.cluster, trace=trace)
 
 
@@ -119,6 +123,17 @@ def test_figures_of_a_gradient_based_run(tmp_path, drawn):
     assert set(drawn) == {"learning_curve.png", "return_by_velocity.png"}
 
 
+@pytest.mark.parametrize("env", ["probe-guess-sign", "probe-goal"])
+def test_figures_of_an_environment_with_one_observation(tmp_path, drawn, env):
+    """No map, even where the id says that there are goals."""
+    if env not in envs.ENVIRONMENTS:
+        envs.register(env, type("ProbeGoal", (probes.GuessSign,), {}))
+    data = arrays(env)
+    run = make_run(tmp_path / "run", env=env, data=data | belief(data), clusters=2)
+    plot.main(plot.Options([run]))
+    assert set(drawn) == CURVES | {"belief.png", "embedding.png"}
+
+
 def test_without_eval_npz_and_with_old_arguments(tmp_path, drawn):
     run = make_run(tmp_path / "run", "maml", "ml2", kind="step", ks=(0, 1), clusters=2)
     (run / "args.json").write_text('{"script": "maml", "env": "ml2"}')
@@ -194,7 +209,19 @@ def test_the_same_episodes_have_a_panel_each(tmp_path, drawn):
     plot.main(plot.Options([make_run(tmp_path / script, script) for script in ("milet", "rl2")]))
     axes = drawn["learning_curve.png"].axes
     assert [axis.get_title() for axis in axes] == ["episode 1", "episode 2"]
-    assert [axis.get_legend() is None for axis in axes] == [False, True], "one legend says it all"
+    assert all(axis.get_legend() for axis in axes)
+
+
+def test_an_untrained_agent_may_fall_out_of_the_picture(tmp_path, drawn):
+    run = make_run(tmp_path / "run", ks=(1,), clusters=0, frames=range(0, 8000, 1000))
+    whole = (run / "eval.csv").read_text()
+    (run / "eval.csv").write_text(whole.replace("\n0,0,-", "\n0,0,-99999"))
+    plot.main(plot.Options([run]))
+    (axis,) = drawn["learning_curve.png"].axes
+    low, high = axis.get_ylim()
+    values = lines(axis, "milet")[0].get_ydata()
+    levels = [line.get_ydata()[0] for line in axis.get_lines()[1:]]
+    assert values[0] < -99999 < low < min(*values[2:], *levels) and max(*values, *levels) < high
 
 
 def test_a_method_keeps_its_colour(tmp_path, drawn):
@@ -251,42 +278,42 @@ def test_what_a_kill_leaves_at_the_end_is_skipped(tmp_path, tail):
 GOOD = table(["eval/return_episode_1"])
 ARGS = dict(script="milet", env="point-goal-4c", seed=0)
 BAD = {  # case: file, content (None: a folder), part of the error
-    "csv empty": ("eval.csv", "", "eval.csv has no rows"),
-    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv has no rows"),
-    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv has no rows"),
-    "csv cut in the header": ("eval.csv", GOOD[:20], "no whole line"),
-    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv has no rows"),
+    "csv empty": ("eval.csv", "", "eval.csv is damaged: it has no rows"),
+    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv is damaged: it has no rows"),
+    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv is damaged: it has no rows"),
+    "csv cut in the header": ("eval.csv", GOOD[:20], "eval.csv is damaged"),
+    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv is damaged: it has no rows"),
     "csv without frames": ("eval.csv", GOOD.replace("charts/frames", "x"), "lacks the columns"),
     "csv without returns": ("eval.csv", GOOD.replace("eval/return", "x"), "lacks the columns"),
-    "csv with a bad number": ("eval.csv", GOOD.replace("1000", "1oo0"), "damaged in line 3"),
-    "csv with a short row": ("eval.csv", GOOD.replace("2,2000,", "2,"), "damaged in line 4"),
-    "csv with a long row": ("eval.csv", GOOD.replace("0,0,", "0,0,0,"), "damaged in line 2"),
-    "csv with an empty line": ("eval.csv", GOOD.replace("\n1,", "\n\n1,"), "damaged in line 3"),
-    "csv with NULs inside": ("eval.csv", GOOD.replace("\n1,", "\n\0\0"), "damaged in line 3"),
-    "csv with a header twice": ("eval.csv", GOOD + GOOD, "damaged in line 6"),
+    "csv with a bad number": ("eval.csv", GOOD.replace("1000", "1oo0"), "eval.csv is damaged: "),
+    "csv with a short row": ("eval.csv", GOOD.replace("2,2000,", "2,"), "eval.csv is damaged: "),
+    "csv with a long row": ("eval.csv", GOOD.replace("0,0,", "0,0,0,"), "eval.csv is damaged: "),
+    "csv with an empty line": ("eval.csv", GOOD.replace("\n1,", "\n\n1,"), "eval.csv is damaged: "),
+    "csv with NULs inside": ("eval.csv", GOOD.replace("\n1,", "\n\0\0"), "eval.csv is damaged: "),
+    "csv with a header twice": ("eval.csv", GOOD + GOOD, "eval.csv is damaged: "),
     "csv that goes back": ("eval.csv", GOOD + GOOD.split("\n", 2)[1] + "\n", "do not increase"),
     "csv with nan": ("eval.csv", GOOD.replace(",2000,", ",nan,"), "not finite"),
-    "csv with one name twice": ("eval.csv", GOOD.replace("iteration,", "iteration,iteration,"), "two columns"),
-    "csv binary": ("eval.csv", bytes(range(256)) * 8, "lacks the columns"),
+    "csv with one name twice": ("eval.csv", GOOD.replace("iteration,", "iteration,iteration,"), "no rows of 4 numbers"),
+    "csv binary": ("eval.csv", bytes(range(256)) * 8, "eval.csv is damaged"),
     "csv a folder": ("eval.csv", None, "not a run folder: it has no eval.csv"),
     "args empty": ("args.json", "", "args.json is damaged"),
     "args cut": ("args.json", '{"script": "mil', "args.json is damaged"),
     "args binary": ("args.json", b"\xff\xfe\0", "args.json is damaged"),
     "args nested deep": ("args.json", "[" * 100_000, "args.json is damaged"),
     "args a folder": ("args.json", None, "not a run folder: it has no args.json"),
-    "args a list": ("args.json", [ARGS], "holds a list"),
-    "args a string": ("args.json", "milet".__repr__().replace("'", '"'), "holds a str"),
-    "args null": ("args.json", "null", "holds a NoneType"),
-    "args without script": ("args.json", {"env": "point-goal-4c"}, "script must be a name, not null"),
-    "args without env": ("args.json", {"script": "milet"}, "env must be a name, not null"),
-    "args with a list for env": ("args.json", ARGS | {"env": ["ml2"]}, "env must be a name"),
-    "args with null for script": ("args.json", ARGS | {"script": None}, "script must be a name"),
+    "args a list": ("args.json", [ARGS], "args.json is damaged"),
+    "args a string": ("args.json", "milet".__repr__().replace("'", '"'), "args.json is damaged"),
+    "args null": ("args.json", "null", "args.json is damaged"),
+    "args without script": ("args.json", {"env": "point-goal-4c"}, "args.json is damaged: 'script'"),
+    "args without env": ("args.json", {"script": "milet"}, "args.json is damaged: 'env'"),
+    "args with a list for env": ("args.json", ARGS | {"env": ["ml2"]}, "script and env must be names"),
+    "args with null for script": ("args.json", ARGS | {"script": None}, "script and env must be names"),
     "args with an unknown env": ("args.json", ARGS | {"env": "point-gaol-4c"}, "'point-gaol-4c' cannot be made"),
     "args with an empty module": ("args.json", ARGS | {"env": ":"}, "':' cannot be made"),
     "args with another env": ("args.json", ARGS | {"env": "CartPole-v1"}, "has no tasks"),
-    "args with a float horizon": ("args.json", ARGS | {"horizon": 5.0}, "horizon must be a positive integer"),
-    "args with no horizon left": ("args.json", ARGS | {"horizon": 0}, "horizon must be a positive integer"),
-    "args with a bad count": ("args.json", ARGS | {"eval_prior_episodes": "1"}, "must be a positive integer"),
+    "args with a float horizon": ("args.json", ARGS | {"horizon": 5.0}, "must be positive integers"),
+    "args with no horizon left": ("args.json", ARGS | {"horizon": 0}, "must be positive integers"),
+    "args with a bad count": ("args.json", ARGS | {"eval_prior_episodes": "1"}, "must be positive integers"),
     "npz empty": ("eval.npz", "", "eval.npz is damaged"),
     "npz text": ("eval.npz", "hello", "eval.npz is damaged"),
     "npz a folder": ("eval.npz", None, "eval.npz is damaged"),
@@ -310,20 +337,21 @@ def test_bad_files_get_one_line(tmp_path, case):
 
 DATA = arrays("point-goal-4c")
 BAD_ARRAYS = {  # case: what changes, part of the error
-    "no trace": (dict(trace=None), "eval.npz has no trace"),
-    "nothing": (dict.fromkeys(DATA), "eval.npz has no cluster, params, trace"),
+    "no trace": (dict(trace=None), "eval.npz is damaged: it has no trace"),
+    "nothing": (dict.fromkeys(DATA), "it has no cluster, params, trace"),
     "mean without std": (dict(belief_mean=belief(DATA)["belief_mean"]), "has no belief_std"),
-    "strings": (dict(trace=np.array(["a"])), "trace is not made of finite numbers"),
+    "strings": (dict(params=np.full(DATA["params"].shape, "a")), "eval.npz is damaged: "),
     "nan": (dict(params=DATA["params"] * np.nan), "params is not made of finite numbers"),
     "objects": (dict(trace=np.array([None])), "eval.npz is damaged"),
     "other params": (dict(params=DATA["params"][:, :1]), "params has shape [32, 1], not [task, parameter]"),
     "fewer tasks": (dict(trace=DATA["trace"][:, :, :5]), "trace has shape"),
+    "a coordinate too few": (dict(trace=DATA["trace"][..., :1]), "trace has shape"),
     "a number too few": (dict(trace=DATA["trace"][..., 0]), "trace has shape"),
     "no episodes": (dict(trace=DATA["trace"][:0]), "trace has shape"),
     "an unknown cluster": (dict(cluster=DATA["cluster"] + 1), "other numbers than 0 to 3"),
     "a fraction of a cluster": (dict(cluster=DATA["cluster"] / 2), "other numbers than 0 to 3"),
     "another belief": (dict(cluster_belief=np.ones((2, H + 1, 31, 4))), "cluster_belief has shape"),
-    "one weight": (dict(reward_weights=np.ones((1, H))), "reward_weights has shape [1, 5], not [2, step]"),
+    "one weight": (dict(reward_weights=np.ones((1, H))), "reward_weights has shape [1, 5], not [weight, step]"),
 }
 
 
@@ -339,13 +367,15 @@ def test_damaged_arrays_get_one_line(tmp_path):
     run = make_run(tmp_path / "run", data=DATA)
     whole = (run / "eval.npz").read_bytes()
     env = gym.make_vec("point-goal-4c").unwrapped
-    for n in range(0, len(whole), max(1, len(whole) // 50)):
-        for bad in (whole[:n], whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :]):
+    places, refused = range(0, len(whole), max(1, len(whole) // 50)), {"cut": 0, "changed": 0}
+    for n in places:
+        for how, bad in dict(cut=whole[:n], changed=whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :]).items():
             (run / "eval.npz").write_bytes(bad)
             try:
                 plot.read_arrays(run / "eval.npz", env)
             except plot.Unusable:
-                pass
+                refused[how] += 1
+    assert refused["cut"] == len(places) and refused["changed"] > len(places) // 2
     stream = io.BytesIO()
     np.save(stream, DATA["params"])
     (run / "eval.npz").write_bytes(stream.getvalue())

@@ -57,8 +57,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> Path:
+    """The run folder, folder or the one in it, when its eval.csv has so many rows."""
     for _ in range(1200):
-        files = list(folder.glob("*/eval.csv"))
+        files = [*folder.glob("eval.csv"), *folder.glob("*/eval.csv")]
         if files and len(rows(files[0])) >= count:
             return files[0].parent
         assert process.poll() is None, "the run ended before it could be interrupted"
@@ -83,10 +84,13 @@ def test_smoke_kill_resume_evaluate(script, tmp_path):
     pooled = [k for k in evaluations[0] if k.startswith("eval/return_") and "_cluster_" not in k]
     assert len(pooled) >= 2 and f"{pooled[1]}_cluster_1" in evaluations[0]
 
-    process = subprocess.Popen(command(script, *flags, "--run-dir", tmp_path / "cut"), stdout=subprocess.DEVNULL)
-    cut = wait_for_rows(tmp_path / "cut", 4, process)
-    process.kill()
-    process.wait()
+    cut, begin = tmp_path / "cut", [*flags, "--run-dir", tmp_path / "cut", "--save-every", 100]
+    for count in (2, 5):  # killed before an iteration was saved, and after some were
+        process = subprocess.Popen(command(script, *begin), stdout=subprocess.DEVNULL)
+        cut = wait_for_rows(cut, count, process)
+        process.kill()
+        process.wait()
+        begin = ["--resume", cut, "--save-every", 2]
     with (cut / "eval.csv").open("ab") as file:
         file.write(b"1\x00\xff")  # a row that the kill cut short
     run(script, "--resume", cut)
@@ -238,7 +242,8 @@ def test_columns_never_change(tmp_path):
 def test_tracks_offline(tmp_path):
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     run("maml", *CHEAP, "--track", "--run-dir", tmp_path, env=env)
-    assert list(only_run(tmp_path).glob("wandb/offline-run-*/*.wandb"))
+    (stored,) = only_run(tmp_path).glob("wandb/offline-run-*/*.wandb")
+    assert b"eval/return_step_1" in stored.read_bytes() and b"charts/sps" in stored.read_bytes()
 
 
 # -- what must end with one line ---------------------------------------------------------------------------------------
@@ -269,6 +274,11 @@ def poison(path: Path) -> None:
     torch.save(state, path / "agent.pt")
 
 
+def reshape(**changes):
+    """Change entries of the checkpoint."""
+    return lambda path: torch.save(torch.load(path / "checkpoint.pt") | changes, path / "checkpoint.pt")
+
+
 BAD_RUNS = {  # flags, what is done to the folder, what the line says
     "no args.json": ("--resume", lambda path: (path / "args.json").unlink(), "not a run folder"),
     "args.json cut": ("--resume", write("args.json", "{"), "args.json is damaged"),
@@ -290,6 +300,7 @@ BAD_RUNS = {  # flags, what is done to the folder, what the line says
     "no checkpoint": ("--resume", lambda path: (path / "checkpoint.pt").unlink(), "missing"),
     "no agent": ("--evaluate", lambda path: (path / "agent.pt").unlink(), "missing"),
     "checkpoint cut": ("--resume", cut("checkpoint.pt", 1000), "damaged"),
+    "an iteration that is none": ("--resume", reshape(iteration="x"), "damaged"),
     "checkpoint empty": ("--resume", cut("checkpoint.pt", 0), "damaged"),
     "agent of noise": ("--evaluate", write("agent.pt", b"noise" * 1000), "damaged"),
     "agent of NaN": ("--evaluate", poison, "NaN"),
@@ -312,6 +323,41 @@ def test_a_checkpoint_cannot_run_code(copy):
     assert "UnpicklingError" in error("--evaluate", copy)
 
 
+def test_only_its_own_tables_are_cut_back_and_none_is_made_longer(copy):
+    (copy / "notes.csv").write_text("mine\n")
+    os.truncate(copy / "metrics.csv", 10)
+    main("--resume", copy)
+    assert (copy / "notes.csv").read_text() == "mine\n" and (copy / "metrics.csv").stat().st_size == 10
+
+
+def test_a_kill_between_the_two_files_is_mended_by_a_resume(tmp_path, monkeypatch):
+    """agent.pt is written first: where only it is new, the checkpoint is old, and the resumed run writes both."""
+    replace = os.replace
+
+    def fail_at_the_last_checkpoint(source, target):
+        if target.name == "checkpoint.pt" and torch.load(source, weights_only=True)["iteration"] == 3:
+            raise OSError("killed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_the_last_checkpoint)
+    assert "killed" in error(*CHEAP, "--run-dir", tmp_path)
+    monkeypatch.undo()
+    path = only_run(tmp_path)
+    saved = [torch.load(path / f"{name}.pt", weights_only=True)["iteration"] for name in ("agent", "checkpoint")]
+    assert saved == [3, 0]
+    main("--resume", path)
+    assert torch.load(path / "checkpoint.pt", weights_only=True)["iteration"] == 3
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("more than one element of the written-to tensor refers to a single memory location")
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", broken)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        main(*CHEAP, "--run-dir", tmp_path)
+
+
 def test_tails_of_the_tables_do_not_stop_a_resume(copy):
     for name in ("eval.csv", "metrics.csv"):
         before = (copy / name).read_bytes()
@@ -321,7 +367,8 @@ def test_tails_of_the_tables_do_not_stop_a_resume(copy):
 
 
 BAD_FLAGS = {
-    "--env point-goal-3c": "did you mean point-goal-4c",
+    "--env point-goal-3c": "Did you mean: `point-goal-4c`?",
+    "--env CartPole-v1": "--env CartPole-v1: ",
     "--env :": "Empty module name",
     "--env no_such_module:id": "No module named 'no_such_module'",
     "--env raises_at_import:id": "ZeroDivisionError",
@@ -329,16 +376,17 @@ BAD_FLAGS = {
     "--resume a --evaluate b": "contradict each other",
     "--resume nowhere": "not a run folder",
     "--total-timesteps 5": "is --frames or --iterations here",
+    "--total_timesteps=5": "is --frames or --iterations here",
     "--iterations 0": "--iterations must be from 1",
     "--seed -1": "--seed must be from 0",
     "--seed 99999999999999999999": "--seed must be from 0",
     "--hidden 8 0": "--hidden must be from 1",
-    "--gamma nan": "--gamma",
-    "--gamma 1.5": "--gamma",
+    "--gamma nan": "--gamma must be finite",
+    "--gamma 1.5": "--gamma and --gae-lambda must be in [0, 1]",
     "--kl-slack nan": "--kl-slack must be finite",
     "--alpha inf": "--alpha must be finite",
-    "--alpha 0": "--alpha",
-    "--delta -1": "--delta",
+    "--alpha 0": "--delta must be positive",
+    "--delta -1": "--delta must be positive",
     "--tasks 3": "--tasks must be at least 4",
     "--oracle --tasks 6": "multiple of 4",
     "--env cheetah-vel --oracle": "has none",
@@ -365,7 +413,10 @@ def test_no_gpu_gets_one_line():
 
 def test_hyper_parameters_of_a_run_are_fixed(finished):
     assert "--gamma cannot change" in error("--resume", finished, "--gamma", 0.5)
+    assert "--alpha cannot change" in error("--resume", finished, "--alpha", 0.5)
+    assert "--preset cannot change" in error("--resume", finished, "--preset", "fast")
     assert "--env cannot change" in error("--evaluate", finished, "--env", "cheetah-dir")
+    assert "--horizon cannot change" in error("--evaluate", finished, "--horizon", 7)
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):
@@ -389,8 +440,7 @@ def test_tracking_without_a_login(tmp_path):
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 3, result.stderr
 
 
-def test_help_lists_environments_and_shows_the_preset(capsys):
-    with pytest.raises(SystemExit):
-        main("--help", "--tasks", 8)
-    output = " ".join(capsys.readouterr().out.split())
-    assert "ant-cheetah-dir" in output and "discount factor" in output
+def test_help_lists_environments_and_shows_the_preset():
+    output = " ".join(run("rl2", "--env", "point-goal-4c", "--help").stdout.split())
+    assert "ant-cheetah-dir" in output and "discount factor" in output and "fast preset: ['point-goal-4c'" in output
+    assert "(default: fast)" in output and "(default: 3200000)" in output

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+import runpy
 import shlex
-import subprocess
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,13 +16,16 @@ import envs
 
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BELIEF = "--frames 480 --num-envs 4 --horizon 20"
+GRADIENT = "--iterations 2 --tasks 4 --rollouts 2 --horizon 20"
 SHORT = {  # flags of a short run
-    "milet": "--frames 9600 --vae-batch 8 --elbo-terms 4 --decodes 5",
-    "varibad": "--frames 6400 --num-envs 16 --horizon 100 --vae-batch 8 --elbo-terms 4 --decodes 5",
-    "rl2": "--frames 6400 --num-envs 16 --horizon 100",
-    "maml": "--iterations 2 --tasks 2 --rollouts 2",
-    "promp": "--iterations 2 --tasks 2 --rollouts 2",
-    "pearl": "--iterations 2 --train-tasks 4 --initial-steps 200 --prior-steps 200 --gradient-steps 2",
+    "milet": f"{BELIEF} --precollect 100 --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "varibad": f"{BELIEF} --precollect 100 --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "rl2": BELIEF,
+    "maml": GRADIENT,
+    "promp": GRADIENT,
+    "pearl": "--iterations 2 --train-tasks 2 --horizon 20 --initial-steps 40 --prior-steps 40 --extra-steps 40 "
+    "--gradient-steps 2 --meta-batch 2",
 }
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
 
@@ -82,24 +87,30 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "RUN" not in c])
-def test_documented_commands_run(command, tmp_path):
-    """Each for two or three meta-iterations; those on an existing run are in test_runs.py."""
+def test_documented_commands_run(command, tmp_path, monkeypatch):
+    """Each for two or three meta-iterations, within this process; those on RUN are in test_runs.py."""
     if "my_envs" in command:
         source = (ROOT / "docs" / "environments.md").read_text()
         (template,) = re.findall(r"```python\n(import numpy as np\n\nimport envs\n.*?)```", source, re.S)
         (tmp_path / "my_envs.py").write_text(template)
         assert len(template.splitlines()) <= 35
-    words = [w.rstrip(",.;)") for w in shlex.split(command)]
-    short = SHORT[Path(words[1]).stem].split()
-    for flag in {f for f in short if f.startswith("--")} & set(words):
-        del words[words.index(flag) : words.index(flag) + 2]
-    short += ["--run-dir", str(tmp_path / "runs"), "--eval-every", "2"]
-    path = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, *words[1:], *short], cwd=ROOT, capture_output=True, text=True, timeout=200, env=path
-    )
-    assert result.returncode == 0, result.stderr
-    assert next((tmp_path / "runs").glob("*/eval.csv")).exists()
+    _, script, *words = [w.rstrip(",.;)") for w in shlex.split(command)]
+    if "--evaluate" in words:
+        folder = words.index("--evaluate") + 1
+        words[folder] = str(shutil.copytree(ROOT / words[folder], tmp_path / "runs" / "copy"))
+        words += ["--num-threads", "1"]
+    else:
+        short = SHORT[Path(script).stem].split()
+        for flag in {f for f in short if f.startswith("--")} & set(words):
+            del words[words.index(flag) : words.index(flag) + 2]
+        words += [*short, "--run-dir", str(tmp_path / "runs"), "--eval-every", "2", "--num-threads", "1"]
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.syspath_prepend(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    assert next((tmp_path / "runs").glob("*/eval.npz")).exists()
 
 
 def test_commands_on_runs_name_real_flags():
