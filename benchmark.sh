@@ -34,6 +34,7 @@ case "${1:-}" in
   maml)
     for seed in 0 1; do run python algos/maml.py --env cheetah-dir --seed "$seed" --run-dir runs/maml-cheetah; done
     [ "${SLURM:-}" ] || python results/plot.py runs/maml-cheetah/* --out runs/maml-cheetah-figures
+    run python algos/maml.py --env cheetah-dir --kl-slack 0.1 --iterations 50
     run python algos/maml.py --env cheetah-vel
     run python algos/maml.py --env ant-dir --iterations 100
     ;;

@@ -25,7 +25,7 @@ Deviations from the paper (P) or the official code (C)
   D3  C estimates KL(z) by one sample, reverses L_I (between random steps) and L_P (at a sampled y); here as P.
   D4  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
   D5  C loses the last reward of every episode; here a time limit bootstraps from V(terminal state). (No --cut-episodes
-      as in varibad.py: each policy has an episode of its own.)
+      as in varibad.py: each policy has an episode of its own, but with --no-exploration.)
   D6  C adds 1e-8 to both densities of PPO's ratio, which stops the gradients of improbable actions; here plain.
   D7  P has the raw reward in Eq. (12); here normalised, as C; its scale is updated once a trial (C: every step).
   D8  C takes q(c|τ:0) in r_h, r_c as uniform; here the encoder's own, as P.
@@ -33,7 +33,7 @@ Deviations from the paper (P) or the official code (C)
   D10 P is silent on networks, Gumbel temperature, variance by softplus, buffer, PPO settings: here as C. P gives the
       policies z, and copies the target every 50 epochs; here mean and variance of z, and meta-iterations, as C.
   D11 C's policies see states normalised without bounds, the done flag among them; here within [-10, 10], and no flag:
-      it is 1 only where nobody acts, so that V(terminal state) would hang on a weight that nothing trains.
+      but with --keep-terminal it is 1 only where nobody acts: V(terminal state) would hang on a weight never trained.
 
 Tested       python algos/milet.py --env point-goal-4c --num-threads 1   (3.2 million frames, 10 minutes on one core of
              an AMD EPYC, three seeds): episode 1 -55, -54, -50, episode 2 -49, -44, -48; NMI 0.86, 1, 1.
@@ -113,8 +113,8 @@ class Args:
     vae_updates: int = 1  # number of ELBO updates per meta-iteration
     lr_vae: float = 1e-3  # learning rate of θ and ω
     buffer_trials: int = 10_000  # number of trials that the buffer V holds
-    precollect: int = 5_000  # number of frames before the first update
-    target_every: int = 50  # meta-iterations between copies of the prior into its target
+    precollect: int = 5_000  # least number of frames before the first update
+    target_every: int = 50  # meta-iterations between copies of the prior into p_tgt (not used with --no-consistency)
 
     policy_embed: int = 64  # width of the policies' embeddings of state and belief (0: raw concatenation)
     policy_hidden: tuple[int, ...] = (128, 64)  # widths of the hidden layers of actor and critic
@@ -515,7 +515,7 @@ def reconstruction(
 
 
 def reward_weights(t: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """γ_h = b_h - a_h exp(-s (H - t)), from 0.1 to 0, and γ_c = -b_c + a_c exp(-s (H - t)), from -0.1 to 0.1."""
+    """γ_h = b_h - a_h exp(-s (H - t)), from 0.1 towards 0, γ_c = -b_c + a_c exp(-s (H - t)), from -0.1 towards 0.1."""
     a_h, b_h, a_c, b_c, s = 0.1, 0.1, 0.2, 0.1, 0.1
     decay = torch.exp(-s * (horizon - t))
     return b_h - a_h * decay, -b_c + a_c * decay  # Eq. (13)
@@ -707,7 +707,7 @@ ON_RESUME = "resume frames iterations eval_every save_every device num_threads t
 ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
 
 
-def fail(message: object, when: bool = True) -> None:
+def fail(message: object, when: object = True) -> None:
     """End the program with one line on the standard error, and code 1."""
     if when:
         raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
@@ -856,7 +856,7 @@ class Run:
 
 def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
-    fail("--total-timesteps is --frames or --iterations here", when="timesteps" in " ".join(argv))
+    fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate

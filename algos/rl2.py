@@ -518,7 +518,7 @@ ON_RESUME = "resume frames iterations eval_every save_every device num_threads t
 ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
 
 
-def fail(message: object, when: bool = True) -> None:
+def fail(message: object, when: object = True) -> None:
     """End the program with one line on the standard error, and code 1."""
     if when:
         raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
@@ -667,7 +667,7 @@ class Run:
 
 def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
-    fail("--total-timesteps is --frames or --iterations here", when="timesteps" in " ".join(argv))
+    fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate

@@ -7,7 +7,7 @@ Objective    max over ψ:     E[ Σ_t γ^t r_t ] over whole trials, without grad
   by PPO     E[ min(ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t) ],  ρ_t = π(a_t|·) / π_old(a_t|·)                    Eq. (2)
              A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t;  V is fitted to A_t + V_t                 Eq. (3)
              max over φ, θ:  E[ Σ_t ELBO_t ]                                                                   Eq. (4)
-             ln p_θ(τ+|z) = - Σ_i (r_i - r̂_i)² + λ_s ‖s_{i+1} - ŝ_i‖², up to a constant                        Eq. (5)
+             ln p_θ(τ+|z) = - Σ_i [(r_i - r̂_i)² + λ_s ‖s_{i+1} - ŝ_i‖²], up to a constant                      Eq. (5)
              ELBO_t = E_q[ln p_θ(τ+|z)] - KL(q_φ(z|τ:t) ‖ q_φ(z|τ:t-1)),  where q_φ(z|τ:-1) is N(0, I)         Eq. (6)
              q_φ(z|τ:t) = N(μ(h_t), σ²(h_t)),  h_t = GRU(h_{t-1}; a_{t-1}, r_{t-1}, s_t),  h_0 = 0             Eq. (7)
 Loop         collect a trial on each of some tasks -> run_trial     into the buffer -> TrialBuffer.add
@@ -36,9 +36,9 @@ Deviations from the official code (C)
   D6  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
   D7  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D8  C's scale of the rewards is updated every step; here once a trial.
-  D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more. So in C.
+  D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more, as in C.
   D10 C's policy sees states (and beliefs) normalised without bounds, the done flag among them; here within [-10, 10],
-      and no flag: it is 1 only where nobody acts, so that V(terminal state) would hang on a weight that nothing trains.
+      and no flag: but with --keep-terminal it is 1 only where nobody acts, and its weight would never be trained.
 
 Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 million frames, 6-9 minutes on one core
              of an AMD EPYC, three seeds): episode 1 -57, -62, -64, episode 2 -52, -59, -60; one who knows the goal -19.
@@ -110,7 +110,7 @@ class Args:
     vae_updates: int = 5  # number of ELBO updates per meta-iteration
     lr_vae: float = 1e-3  # learning rate of φ and θ
     buffer_trials: int = 10_000  # number of trials that the buffer holds
-    precollect: int = 5_000  # number of frames before the first update
+    precollect: int = 5_000  # least number of frames before the first update
 
     policy_embed: int = 64  # width of the policy's embeddings of state and belief (0: raw concatenation)
     policy_hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers of actor and critic
@@ -654,7 +654,7 @@ ON_RESUME = "resume frames iterations eval_every save_every device num_threads t
 ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
 
 
-def fail(message: object, when: bool = True) -> None:
+def fail(message: object, when: object = True) -> None:
     """End the program with one line on the standard error, and code 1."""
     if when:
         raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
@@ -803,7 +803,7 @@ class Run:
 
 def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
-    fail("--total-timesteps is --frames or --iterations here", when="timesteps" in " ".join(argv))
+    fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate

@@ -55,8 +55,11 @@ def plain(rest, z, x, goal, steps):
 import torch
 milet.reconstruction = plain
 """,
+    "rl2": "rl2.Recurrence.apply = staticmethod(lambda gru, x, h, *weights: gru(x, h[None])[0])",
     "pearl": "pearl.forward_onednn = lambda net, x: net.head(net.features(x))",
 }
+# glibc gives memory back after every step, and takes it again page by page, unless it is told to keep it.
+KEEP_MEMORY = "import ctypes; libc = ctypes.CDLL(None); libc.mallopt(-3, 1 << 30); libc.mallopt(-1, 2**31 - 1)"
 
 # Copies for H = 200 and the frames that an update has in the official code of VariBAD and RL2.
 OFFICIAL = {"varibad": {"cheetah-dir": 32, "ant-goal-4c": 8}, "rl2": {"cheetah-dir": 8, "ant-goal-4c": 8}}
@@ -93,7 +96,7 @@ def measure(script: str, warm_up: int, flags: list[str], before: str = "") -> di
     before: code that runs between the import of the script and its training.
     """
     with tempfile.TemporaryDirectory() as folder:
-        before += FULL_BUFFER.format(script=script) if script in ("milet", "varibad") else ""
+        before += "\n" + FULL_BUFFER.format(script=script) if script in ("milet", "varibad") else ""
         code = CHILD.format(algos=str(ROOT / "algos"), script=script, before=before)
         command = [sys.executable, "-c", code, *flags, "--eval-every", "1000", "--run-dir", folder]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -157,7 +160,8 @@ def main() -> None:
                 add_limit(env_id, copies)
     for preset, copies in {"paper": 16, "fast": 32}.items():
         flags = ["--env", "ant-goal-4c", "--preset", preset, "--frames", str(40 * 200 * copies)]
-        for name, before in {"": "", ", plain reconstruction": PLAIN["milet"]}.items():
+        variants = {"": "", ", plain reconstruction": PLAIN["milet"], ", memory kept": KEEP_MEMORY}
+        for name, before in variants.items():
             median = measure("milet", 10, flags, before)
             limit = add_limit("ant-goal-4c", copies)
             add(share(f"milet.py ant-goal-4c, {preset} preset{name}", copies, limit, median))
@@ -168,6 +172,9 @@ def main() -> None:
             flags = ["--env", env_id, "--horizon", "200", "--num-envs", str(copies), "--frames", str(25 * 400 * copies)]
             limit, median = add_limit(env_id, copies, 200), measure(script, 5, flags)
             add(share(f"{script}.py {env_id}, H = 200", copies, limit, median))
+            if script == "rl2":
+                median = measure(script, 5, flags, PLAIN["rl2"])
+                add(share(f"{script}.py {env_id}, H = 200, nn.GRU's backward pass", copies, limit, median))
     limit, sampling = maml_sampling()
     add({"what": "physics limit cheetah-dir, untrained policy", "copies": 800, "frames_per_s": round(limit)})
     median = measure("maml", 4, ["--env", "cheetah-dir", "--iterations", "14"])
@@ -181,7 +188,8 @@ def main() -> None:
         flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
         flags += ["--horizon", "200", "--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice
         limit = add_limit(env_id, 25, 200)
-        for name, before in {"": "", ", without oneDNN": PLAIN["pearl"]}.items():
+        variants = {"": "", ", without oneDNN": PLAIN["pearl"], ", memory kept": KEEP_MEMORY}
+        for name, before in variants.items():
             median = measure("pearl", 1, flags, before)
             row = share(f"pearl.py {env_id}, batch {batch}{name}", 25, limit, median)
             add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
