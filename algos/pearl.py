@@ -49,7 +49,6 @@ Tested       python algos/pearl.py --env cheetah-dir --iterations 60   (604,000 
              That run was made before D1 to D3 were what they are: blocks counted episodes, not steps.
 """
 
-import ctypes
 import importlib
 import json
 import math
@@ -607,10 +606,6 @@ def different(tasks: envs.Tasks, n: int) -> envs.Tasks:
 
 def train(args: Args, run: "Run") -> None:
     """Algorithm 1."""
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(libc, "mallopt"):  # glibc gives memory back after every gradient step, and faults it in again: keep it
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     env = run.make_env(1).unwrapped
     test_tasks, tasks = env.task_set("test"), different(env.task_set("train"), args.train_tasks)
     too_many = f"--train-tasks must be at most {len(tasks)}: {args.env} has no more different training tasks"

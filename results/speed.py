@@ -188,8 +188,7 @@ def main() -> None:
         flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
         flags += ["--horizon", "200", "--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice
         limit = add_limit(env_id, 25, 200)
-        given_back = "pearl.ctypes.CDLL = lambda _: None"
-        variants = {"": "", ", without oneDNN": PLAIN["pearl"], ", memory given back": given_back}
+        variants = {"": "", ", without oneDNN": PLAIN["pearl"], ", memory kept": KEEP_MEMORY}
         for name, before in variants.items():
             median = measure("pearl", 1, flags, before)
             row = share(f"pearl.py {env_id}, batch {batch}{name}", 25, limit, median)
