@@ -24,14 +24,14 @@ Deviations from the paper (P) or the official code (C)
   D2  P has λ_I, λ_P outside the sum over t; here inside the weighted groups, as C (else they are negligible).
   D3  C estimates KL(z) by one sample, reverses L_I (between random steps) and L_P (at a sampled y); here as P.
   D4  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
-  D5  C loses the last reward of every episode; here a time limit bootstraps from V(terminal state). (No --cut-episodes
-      as in varibad.py: each policy has an episode of its own, but with --no-exploration.)
+  D5  C loses the last reward of every episode; here a time limit bootstraps from V(terminal state).
   D6  C adds 1e-8 to both densities of PPO's ratio, which stops the gradients of improbable actions; here plain.
   D7  P has the raw reward in Eq. (12); here normalised, as C; its scale is updated once a trial (C: every step).
   D8  C takes q(c|τ:0) in r_h, r_c as uniform; here the encoder's own, as P.
   D9  C samples c at t = 0 of a test, and learns from a trial one iteration late; here argmax always, and at once.
-  D10 P is silent on networks, Gumbel temperature, variance by softplus, buffer, PPO settings: here as C. P gives the
-      policies z, and copies the target every 50 epochs; here mean and variance of z, and meta-iterations, as C.
+  D10 P is silent on networks, Gumbel temperature, variance by softplus, buffer, PPO settings, and a first iteration
+      that only collects: here as C. P gives the policies z, and copies the target every 50 epochs; here mean and
+      variance of z, and meta-iterations, as C.
   D11 C's policies see states normalised without bounds, the done flag among them; here within [-10, 10], and no flag:
       but with --keep-terminal it is 1 only where nobody acts: V(terminal state) would hang on a weight never trained.
 
@@ -41,18 +41,17 @@ Tested       python algos/milet.py --env point-goal-4c --num-threads 1   (3.2 mi
 
 import importlib
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -113,13 +112,13 @@ class Args:
     vae_updates: int = 1  # number of ELBO updates per meta-iteration
     lr_vae: float = 1e-3  # learning rate of θ and ω
     buffer_trials: int = 10_000  # number of trials that the buffer V holds
-    precollect: int = 5_000  # least number of frames before the first update
     target_every: int = 50  # meta-iterations between copies of the prior into p_tgt (not used with --no-consistency)
 
     policy_embed: int = 64  # width of the policies' embeddings of state and belief (0: raw concatenation)
     policy_hidden: tuple[int, ...] = (128, 64)  # widths of the hidden layers of actor and critic
     policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # initialisation of those layers
     squash: Literal["none", "mean", "sample"] = "none"  # what of an action goes through a tanh
+    init_std: float = 1.0  # standard deviation of the actions before training
     gamma: float = 0.97  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     ppo_epochs: int = 2  # number of passes over an episode's batch
@@ -159,22 +158,21 @@ FAST = {  # tuned by us
         elbo_terms=30, decodes=30, vae_updates=8, lr_vae=2e-3, minibatches=16, clip=0.1, lr_psi=1e-3, lr_phi=2e-3,
     ),
 }  # fmt: skip
-MAY_BE_0 = "seed", "num_threads", "decodes", "policy_embed", "precollect"
+MAY_BE_0 = "seed", "num_threads", "decodes", "policy_embed"
 
 
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     batch = args.horizon * args.num_envs  # steps of one episode in all environments
-    least = (args.precollect // (2 * batch) + 1) * 2 * batch
     same_length, most = env.terminated is envs.TaskVectorEnv.terminated, min(500, args.buffer_trials)
     return {
         f"{args.env} may end an episode early, and this algorithm needs episodes of equal length": same_length,
-        f"--frames must be at least {least} (the precollection and one meta-iteration)": args.frames >= least,
+        f"--frames must be at least {4 * batch} (the first meta-iteration only collects)": args.frames >= 4 * batch,
         "--num-envs must be at most 500 (the training tasks) and --buffer-trials": args.num_envs <= most,
         "--minibatches must be at most --horizon times --num-envs": args.minibatches <= batch,
         "--reward-decoder must name a layer": len(args.reward_decoder) > 0,
         "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
-        "--clip and --temperature must be positive": min(args.clip, args.temperature) > 0,
+        "--clip, --temperature and --init-std must be positive": min(args.clip, args.temperature, args.init_std) > 0,
         "--lr-psi, --lr-phi and --lr-vae must be positive": min(args.lr_psi, args.lr_phi, args.lr_vae) > 0,
     }
 
@@ -207,11 +205,6 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def gaussian(mean: Tensor, var: Tensor) -> Normal:
-    """Diagonal, [..., latent_dim]."""
-    return Normal(mean, (var + 1e-10).sqrt(), validate_args=False)
-
-
 class Encoder(nn.Module):
     """q_θ(c | τ:t) and q_θ(z | τ:t, c): two stacked GRUs with a head on each (Figure 1)."""
 
@@ -241,7 +234,7 @@ class Encoder(nn.Module):
     def task(self, h_beta: Tensor, y: Tensor) -> Normal:
         """q(z | h_β, y), [..., latent_dim]."""
         mean, raw_var = self.task_head(torch.cat([h_beta, y], dim=-1)).chunk(2, dim=-1)
-        return gaussian(mean, F.softplus(raw_var))  # D10
+        return Normal(mean, (F.softplus(raw_var) + 1e-10).sqrt(), validate_args=False)  # D10
 
 
 class Prior(nn.Module):
@@ -252,7 +245,7 @@ class Prior(nn.Module):
         self.mean, self.raw_var = (mlp(args.clusters, 32, args.latent_dim) for _ in range(2))
 
     def forward(self, y: Tensor) -> Normal:
-        return gaussian(self.mean(y), F.softplus(self.raw_var(y)))
+        return Normal(self.mean(y), (F.softplus(self.raw_var(y)) + 1e-10).sqrt(), validate_args=False)
 
 
 class Decoder(nn.Module):
@@ -272,6 +265,12 @@ class Decoder(nn.Module):
         of_z, of_x = self.first.weight.split([z.shape[-1], x.shape[-1]], dim=1)
         return F.linear(z, of_z), F.linear(x, of_x, self.first.bias)
 
+    def error(self, z: Tensor, obs: Tensor, action: Tensor, goal: Tensor, steps: Tensor | list[slice]) -> Tensor:
+        """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
+        trials = zip(*self.parts(z, obs, action), goal, steps)  # goal [trial, H+, out]
+        errors = [(self.rest(of_z[:, None] + of_x[t]) - goal[t]).square().mean() for of_z, of_x, goal, t in trials]
+        return torch.stack(errors).mean()
+
 
 class Policy(nn.Module):
     """π(a | s, mean and variance of q(z|c)) and its value function: tanh networks on normalised states."""
@@ -284,7 +283,7 @@ class Policy(nn.Module):
         self.embed_belief = nn.Sequential(nn.Linear(belief_dim, width), nn.Tanh()) if width else nn.Identity()
         input_dim = 2 * width if width else state_dim + belief_dim
         self.actor, self.critic = (mlp(input_dim, *args.policy_hidden, n, activation=nn.Tanh) for n in (action_dim, 1))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.full((action_dim,), args.init_std).log())
         hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
         for layer in (*self.actor[:-1:2], *self.critic[:-1:2]):
             hidden_init(layer.weight, 5 / 3)
@@ -296,17 +295,12 @@ class Policy(nn.Module):
         """Add the states of obs [..., obs_dim] to the running statistics."""
         self.stats.update(obs[..., :-1])
 
-    def embed(self, obs: Tensor, belief: Tensor) -> Tensor:
+    def forward(self, obs: Tensor, belief: Tensor) -> tuple[Normal, Tensor]:
+        """π before the squashing of a sample, whose Jacobian cancels in PPO's ratio; and V, [...]."""
         state = self.stats.normalise(obs[..., :-1])  # D11
-        return torch.cat([self.embed_state(state), self.embed_belief(belief)], dim=-1)
-
-    def value(self, x: Tensor) -> Tensor:
-        return self.critic(x)[..., 0]
-
-    def distribution(self, x: Tensor) -> Normal:
-        """Before the squashing of a sample, whose Jacobian cancels in PPO's ratio."""
+        x = torch.cat([self.embed_state(state), self.embed_belief(belief)], dim=-1)
         mean = self.actor(x).tanh() if self.squash_mean else self.actor(x)
-        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False)
+        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False), self.critic(x)[..., 0]
 
 
 def normc_(weight: Tensor, gain: float) -> None:
@@ -326,16 +320,6 @@ class Episode(NamedTuple):
     reward: Tensor  # [H, env]
     q: Tensor  # [H+1, env, C], q(c | τ:t)
     belief: Tensor  # [H+1, env, 2 latent_dim], mean and variance of q(z | c, τ:t) (D10)
-
-
-def join(a: Episode, b: Episode) -> Episode:
-    """Two episodes as one of 2H steps."""
-    return Episode(*(torch.cat([x[: len(a.reward)], y]) for x, y in zip(a, b)))
-
-
-def reset(env: gym.vector.VectorEnv, **options) -> np.ndarray:
-    """The first states, and the done flag, 0: [env, obs_dim]."""
-    return np.pad(env.reset(**options)[0], ((0, 0), (0, 1)))
 
 
 def infer(encoder: Encoder, h_alpha: Tensor, h_beta: Tensor, gumbel: Tensor | None, temperature: float) -> tuple:
@@ -359,7 +343,7 @@ def rollout(
     (h_alpha, h_beta, q, belief), states[0] = memory, obs
     actions, samples, qs, beliefs = [], [], [q], [belief]
     for t in range(horizon):
-        pi = policy.distribution(policy.embed(torch.from_numpy(states[t]).to(args.device), belief))
+        pi, _ = policy(torch.from_numpy(states[t]).to(args.device), belief)
         sample = pi.mean + pi.stddev * noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
@@ -384,45 +368,39 @@ def run_trial(
     encoder, zero = agent["encoder"], torch.zeros(len(tasks), args.hidden, device=args.device)
     gumbel = None if test else Gumbel(0.0, 1.0).sample((len(tasks), args.clusters)).to(args.device)  # D9
     memory = zero, zero, *infer(encoder, zero, zero, gumbel, args.temperature)
-    obs = reset(env, seed=seed, options={"tasks": tasks})
+    flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
+    obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
     explore, memory = rollout(env, obs, agent["psi" if args.exploration else "phi"], encoder, memory, args, test)
-    obs = reset(env)
+    fine, obs = ~env.unwrapped.broke, np.pad(env.reset()[0], flag)
     obs = explore.obs[-1].numpy() if args.keep_terminal else obs  # D4
     exploit, _ = rollout(env, obs, agent["phi"], encoder, memory, args, test)
     torch.set_num_threads(threads)
-    return explore, exploit
+    if test:
+        return explore, exploit
+    fine &= ~env.unwrapped.broke  # [env]: nothing is learned from physics that diverged
+    return tuple(Episode(*(x[:, fine] for x in episode)) for episode in (explore, exploit))
 
 
 class TrialBuffer:
-    """The latest trials, each of two episodes in one task."""
+    """The latest trials: of each obs [2, H+1, obs_dim], action [2, H, action_dim] and reward [2, H]."""
 
-    def __init__(self, capacity: int, horizon: int, obs_dim: int, action_dim: int):
-        shapes = {"obs": (horizon + 1, obs_dim), "action": (horizon, action_dim), "reward": (horizon,)}
-        self.data = {name: torch.empty(capacity, 2, *shape) for name, shape in shapes.items()}
-        self.capacity, self.added = capacity, 0
-
-    def __len__(self) -> int:
-        return min(self.added, self.capacity)
+    def __init__(self, capacity: int):
+        self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        rows = torch.arange(self.added, self.added + episodes[0].reward.shape[1]) % self.capacity
-        for name, storage in self.data.items():
-            storage[rows] = torch.stack([getattr(e, name) for e in episodes]).movedim(2, 0)
-        self.added += len(rows)
+        parts = (torch.stack([getattr(e, name) for e in episodes]) for name in ("obs", "action", "reward"))
+        self.trials.extend(zip(*(part.movedim(2, 0) for part in parts)))
 
     def sample(self, batch: int) -> list[Tensor]:
-        """Different trials: obs [trial, 2, H+1, obs_dim], action [trial, 2, H, action_dim], reward [trial, 2, H]."""
-        rows = torch.randperm(len(self))[:batch]
-        return [storage[rows] for storage in self.data.values()]
+        """Different trials, stacked."""
+        rows = torch.randperm(len(self.trials))[:batch].tolist()
+        return [torch.stack(part) for part in zip(*(self.trials[row] for row in rows))]
 
     def state_dict(self) -> dict:
-        full = len(self) == self.capacity  # a slice would be saved with all of its storage
-        return {"added": self.added} | {k: x if full else x[: len(self)].clone() for k, x in self.data.items()}
+        return {"trials": [torch.stack(part) for part in zip(*self.trials)]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        for name, storage in self.data.items():
-            storage[: len(self)] = state[name]
+        self.trials.extend(zip(*state["trials"]))
 
 
 # == Cluster-based variational inference ===============================================================================
@@ -449,16 +427,15 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
     # ln p_ω(τ+|z), Eq. (5)
-    steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else None
+    steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
     errors = dict.fromkeys(("reward", "state"), torch.zeros((), device=device))
     for name, goal in (("reward", r[..., None]), ("state", next_obs)):
         if f"{name}_decoder" in agent:
-            decoder = agent[f"{name}_decoder"]
-            errors[name] = reconstruction(decoder.rest, *decoder.parts(z, obs, action), goal, steps)
+            errors[name] = agent[f"{name}_decoder"].error(z, obs, action, goal, steps)
 
     # The KLs of Eq. (4), p(c) uniform; L_I, Eq. (6), over consecutive steps; L_P, Eq. (7), over clusters (D3)
     kl_z = kl_divergence(q_z, prior(y)).sum(-1).mean()
-    kl_c = math.log(args.clusters) + (log_q.exp() * log_q).sum(-1)[t, trial].mean()
+    kl_c = np.log(args.clusters) + (log_q.exp() * log_q).sum(-1)[t, trial].mean()
     l_i = (log_q[:-1].exp() * (log_q[:-1] - log_q[1:])).sum(-1).mean(1).sum() / (trial_length - 1)
     every_c = torch.eye(args.clusters, device=device)
     l_p = kl_divergence(prior(every_c), agent["target"](every_c)).sum(-1).mean()
@@ -466,8 +443,8 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     lambda_i, lambda_p = (args.lambda_i, args.lambda_p) if args.consistency else (0.0, 0.0)
     kls = args.kl_z_weight * (kl_z + lambda_p * l_p) + args.kl_c_weight * (kl_c + lambda_i * l_i)  # D1, D2
     loss = errors["reward"] + args.lambda_s * errors["state"] + kls
-    terms = dict(loss=loss, reward_error=errors["reward"], state_error=errors["state"])
-    return terms | dict(kl_z=kl_z, kl_c=kl_c, l_i=l_i, l_p=l_p)
+    errors = {f"{name}_error": error for name, error in errors.items()}
+    return dict(loss=loss, **errors, kl_z=kl_z, kl_c=kl_c, l_i=l_i, l_p=l_p)
 
 
 def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: list[Tensor], args: Args) -> dict:
@@ -479,36 +456,6 @@ def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: li
         nn.utils.clip_grad_norm_([p for name in names if name in agent for p in agent[name].parameters()], 1.0)
     optimizer.step()
     return {f"elbo/{k}": v.item() for k, v in terms.items()}
-
-
-def reconstruction(
-    rest: nn.Module, z: Tensor, x: Tensor, goal: Tensor, steps: Tensor | None, floats: int = 2**18
-) -> Tensor:
-    """Eq. (5): the mean squared error of decoding transitions of each trial from each of its z. It equals
-
-        trial = torch.arange(len(z))[:, None, None]
-        decoded = rest(z[:, :, None] + x[trial, steps])  # [trial, term, decode, out]
-        return (decoded - goal[trial, steps]).square().mean()
-
-    z [trial, term, width] and x [trial, H+, width] are the two parts of the decoder's first layer, goal is
-    [trial, H+, out], steps [trial, term, decode] (None: all). Each chunk of terms goes forward and backward while it is
-    in cache, so that the million rows of an update never exist at once.
-    """
-    inputs, decodes = [z, x, *rest.parameters()], x.shape[1] if steps is None else steps.shape[2]
-    chunk = max(1, floats // (decodes * z.shape[2]))  # of so many in the first activation
-    count, error_sum = z.shape[0] * z.shape[1] * decodes * goal.shape[2], 0.0
-    grads = [torch.zeros_like(v) for v in inputs]
-    for b, k in product(range(len(z)), range(0, z.shape[1], chunk)):
-        terms = slice(k, k + chunk)
-        chosen = slice(None) if steps is None else steps[b, terms]
-        z_part, x_part = z[b, terms].detach().requires_grad_(), x[b].detach().requires_grad_()
-        error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count
-        parts = torch.autograd.grad(error, [z_part, x_part, *inputs[2:]])
-        for grad, part in zip([grads[0][b, terms], grads[1][b], *grads[2:]], parts):
-            grad += part
-        error_sum += error.detach()
-    linear = sum((v * grad).sum() for v, grad in zip(inputs, grads))  # what has these gradients
-    return error_sum + (linear - linear.detach())
 
 
 # == Exploration reward and PPO ========================================================================================
@@ -549,36 +496,31 @@ def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
     return advantage
 
 
-def value_loss(value: Tensor, old: Tensor, goal: Tensor, clip: float) -> Tensor:
-    """PPO's clipped value loss, with Huber's error."""
-    clipped = old + (value - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum(*(F.smooth_l1_loss(v, goal, reduction="none") for v in (value, clipped))).mean()
-
-
 def ppo_update(
     policy: Policy, optimizer: torch.optim.Optimizer, episode: Episode, reward: Tensor, entropy_coef: float, args: Args
 ) -> dict[str, float]:
     """PPO on one episode with the given rewards [T, env] -> its diagnostics, means over the minibatches."""
     obs, sample, belief, reward = (x.to(args.device) for x in (episode.obs, episode.sample, episode.belief, reward))
     with torch.no_grad():
-        value = policy.value(policy.embed(obs, belief))  # [T+1, env], of the statistics that acted
+        _, value = policy(obs, belief)  # [T+1, env], of the statistics that acted
         advantage = gae(reward, value, args.gamma, args.gae_lambda)  # D5
         goal = advantage + value[:-1]
         explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         policy.observe(obs[:-1])
-        old = policy.distribution(policy.embed(obs[:-1], belief[:-1])).log_prob(sample).sum(-1)
+        old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], goal, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             s, b, u, old, v, g, adv = (x[rows] for x in batch)
-            x = policy.embed(s, b)
-            pi = policy.distribution(x)
+            pi, value = policy(s, b)
             log_ratio = pi.log_prob(u).sum(-1) - old
             ratio = log_ratio.exp()  # D6
             policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-            critic_loss = value_loss(policy.value(x), v, g, args.clip)
+            clipped_value = v + (value - v).clamp(-args.clip, args.clip)
+            errors = (F.smooth_l1_loss(x, g, reduction="none") for x in (value, clipped_value))  # Huber's
+            critic_loss = 0.5 * torch.maximum(*errors).mean()
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - entropy_coef * entropy).backward()
@@ -616,8 +558,6 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         metrics["eval/nmi"], metrics["eval/nmi_step_20"] = nmi(guess[-1]), nmi(guess[min(20, len(guess) - 1)])
         metrics["eval/ari"] = adjusted_rand_score(tasks.cluster, guess[-1])
         metrics["eval/nmi_ceiling"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
-        guesses = np.random.default_rng(0).integers(args.clusters, size=(100, len(tasks)))
-        metrics["eval/nmi_chance"] = np.mean([nmi(g) for g in guesses])
     obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(*trial))  # [episode, H or H+1, ...]
     mean, var = np.split(belief, 2, axis=-1)
     weights = np.stack(reward_weights(torch.arange(args.horizon), args.horizon))  # γ_h, γ_c
@@ -655,7 +595,7 @@ def train(args: Args, run: "Run") -> None:
     trained = {name: [*agent[name].parameters()] for name in ("psi", "phi") if name in agent}
     trained["vae"] = [p for name in agent if name not in ("psi", "phi", "target") for p in agent[name].parameters()]
     adam = {name: torch.optim.Adam(ps, getattr(args, f"lr_{name}"), fused=True) for name, ps in trained.items()}
-    buffer = TrialBuffer(args.buffer_trials, args.horizon, obs_dim, action_dim)
+    buffer = TrialBuffer(args.buffer_trials)
     state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 
     for iteration in run.loop(iterations, state, partial(evaluate, test_env, test_tasks, agent, args)):
@@ -670,12 +610,13 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 6: what πψ and πφ are paid, Eq. (12) and (1), by normalised rewards (D7)
         bonus_h, bonus_c = exploration_bonus(explore.q)
-        rewards = scale_rewards(agent["reward_stats"], join(explore, exploit).reward, args.gamma)  # [H+, env]
+        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # as one, of H+ steps
+        rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
         r_e = rewards[: args.horizon] + bonus_h + bonus_c
         batches = {"psi": (explore, r_e), "phi": (exploit, rewards[args.horizon :])}
         if not args.exploration:
-            batches = {"phi": (join(explore, exploit), rewards)}
-        if run.frames <= args.precollect:
+            batches = {"phi": (trial, rewards)}
+        if iteration == 1:  # D10
             for name, (episode, _) in batches.items():
                 agent[name].observe(episode.obs[:-1].to(args.device))
             continue

@@ -97,6 +97,7 @@ class Args:
     policy_hidden: tuple[int, ...] = (128,)  # widths of the hidden layers of actor and critic
     policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # initialisation of those layers
     squash: Literal["none", "mean", "sample"] = "none"  # what of an action goes through a tanh
+    init_std: float = 1.0  # standard deviation of the actions before training
     normalise_reward: bool = True  # scale the rewards by the running deviation of their discounted sums
     gamma: float = 0.97  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
@@ -149,7 +150,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--minibatches must be at most --horizon times --num-envs": args.minibatches <= args.horizon * args.num_envs,
         "--cut-episodes leaves nothing of episodes of one step": args.horizon > 1 or not args.cut_episodes,
         "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
-        "--clip and --encoder-clip must be positive": min(args.clip, args.encoder_clip) > 0,
+        "--clip, --encoder-clip and --init-std must be positive": min(args.clip, args.encoder_clip, args.init_std) > 0,
         "--lr-policy and --lr-encoder must be positive": min(args.lr_policy, args.lr_encoder) > 0,
     }
 
@@ -224,7 +225,7 @@ class Policy(nn.Module):
         self.embed = nn.Sequential(nn.Linear(belief_dim, width), nn.Tanh()) if width else nn.Identity()
         input_dim = width if width else belief_dim
         self.actor, self.critic = (mlp(input_dim, *args.policy_hidden, n, activation=nn.Tanh) for n in (action_dim, 1))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.full((action_dim,), args.init_std).log())
         hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
         for layer in (*self.actor[:-1:2], *self.critic[:-1:2]):
             hidden_init(layer.weight, 5 / 3)
@@ -232,13 +233,11 @@ class Policy(nn.Module):
         normc_(self.actor[-1].weight, 1.0)
         nn.init.zeros_(self.actor[-1].bias)
 
-    def value(self, x: Tensor) -> Tensor:
-        return self.critic(x)[..., 0]
-
-    def distribution(self, x: Tensor) -> Normal:
-        """Before the squashing of a sample, whose Jacobian cancels in PPO's ratio."""
+    def forward(self, belief: Tensor) -> tuple[Normal, Tensor]:
+        """π before the squashing of a sample, whose Jacobian cancels in PPO's ratio; and V, [...]."""
+        x = self.embed(belief)
         mean = self.actor(x).tanh() if self.squash_mean else self.actor(x)
-        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False)
+        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False), self.critic(x)[..., 0]
 
 
 # Copied from algos/milet.py
@@ -294,18 +293,6 @@ class Episode(NamedTuple):
     belief: Tensor  # [H+1, env, ·], what π sees of the memory
 
 
-# Copied from algos/milet.py
-def join(a: Episode, b: Episode) -> Episode:
-    """Two episodes as one of 2H steps."""
-    return Episode(*(torch.cat([x[: len(a.reward)], y]) for x, y in zip(a, b)))
-
-
-# Copied from algos/milet.py
-def reset(env: gym.vector.VectorEnv, **options) -> np.ndarray:
-    """The first states, and the done flag, 0: [env, obs_dim]."""
-    return np.pad(env.reset(**options)[0], ((0, 0), (0, 1)))
-
-
 @torch.no_grad()  # not inference_mode: the update differentiates through what is stored
 def rollout(
     env: gym.vector.VectorEnv, obs: np.ndarray, policy: Policy, encoder: Encoder, h: Tensor, args: Args, test: bool
@@ -318,7 +305,7 @@ def rollout(
     actions, samples, beliefs = [], [], [encoder.belief(h)]
     states[0] = obs
     for t in range(horizon):
-        pi = policy.distribution(policy.embed(beliefs[t]))
+        pi, _ = policy(beliefs[t])
         sample = pi.mean + pi.stddev * noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
@@ -340,11 +327,16 @@ def run_trial(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     h = torch.zeros(len(tasks), args.hidden, device=args.device)
-    obs = reset(env, seed=seed, options={"tasks": tasks})
+    flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
+    obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    second, _ = rollout(env, reset(env), agent["policy"], agent["encoder"], h, args, test)
+    fine, obs = ~env.unwrapped.broke, np.pad(env.reset()[0], flag)
+    second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
-    return first, second
+    if test:
+        return first, second
+    fine &= ~env.unwrapped.broke  # [env]: nothing is learned from physics that diverged
+    return tuple(Episode(*(x[:, fine] for x in episode)) for episode in (first, second))
 
 
 # == PPO ===============================================================================================================
@@ -380,13 +372,6 @@ def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
     return torch.cat([F.pad(part, (0, 0, 0, 1)) for part in parts])
 
 
-# Copied from algos/milet.py
-def value_loss(value: Tensor, old: Tensor, goal: Tensor, clip: float) -> Tensor:
-    """PPO's clipped value loss, with Huber's error."""
-    clipped = old + (value - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum(*(F.smooth_l1_loss(v, goal, reduction="none") for v in (value, clipped))).mean()
-
-
 def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -> Tensor:
     """h before each step of the trials, Eq. (4), with the gradients of all steps before: [H+, env, hidden]."""
     h, memory = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device), []
@@ -406,28 +391,28 @@ def ppo_update(
     """
     policy, encoder, reward = agent["policy"], agent["encoder"], reward.to(args.device)
     trial = tuple(Episode(*(x.to(args.device) for x in episode)) for episode in trial)
-    episode = join(*trial)
+    episode = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(*trial)))  # as one, of H+ steps
     with torch.no_grad():
-        x = policy.embed(episode.belief)
-        value = policy.value(x)  # [H+ + 1, env]
+        _, value = policy(episode.belief)  # value [H+ + 1, env]
         advantage = advantages(reward, value, args)  # Eq. (3)
         goal = advantage + value[:-1]
         explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
-        old = policy.distribution(x[:-1]).log_prob(episode.sample).sum(-1)
+        old = policy(episode.belief[:-1])[0].log_prob(episode.sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (episode.sample, old, value[:-1], goal, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
             u, old, v, g, adv = (x[rows] for x in batch)
-            x = policy.embed(encoder.belief(h))  # D3
-            pi = policy.distribution(x)
+            pi, value = policy(encoder.belief(h))  # D3
             log_ratio = pi.log_prob(u).sum(-1) - old
             ratio = log_ratio.exp()  # ρ of Eq. (2)
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
-            critic_loss = value_loss(policy.value(x), v, g, args.clip)  # Eq. (3)
+            clipped_value = v + (value - v).clamp(-args.clip, args.clip)
+            errors = (F.smooth_l1_loss(x, g, reduction="none") for x in (value, clipped_value))  # Huber's, Eq. (3)
+            critic_loss = 0.5 * torch.maximum(*errors).mean()
             entropy = pi.entropy().sum(-1).mean()
             for optimizer in adam.values():
                 optimizer.zero_grad()

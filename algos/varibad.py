@@ -29,7 +29,7 @@ Deviations from the official code (C)
   D2  C cuts the return at the end of each episode, and loses its last reward; here the return is that of the trial,
       and the trial's time limit bootstraps from V(terminal state) (--cut-episodes for C's).
   D3  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
-  D4  C learns from a trial one iteration late, and not at all in the first; here at once.
+  D4  C learns from a trial one iteration late, and only after 5,000 frames; here at once, after the first iteration.
   D5  C collects 16 processes of several trials, or of half a trial, per update; here every copy plays one trial, and
       their number is such that an update has C's frames. So no running trial is encoded again, and unlike in C no
       trial begins with the last step of another.
@@ -51,12 +51,12 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -93,6 +93,7 @@ class Args:
 
     num_envs: int = 16  # number of tasks, one copy of the environment each, per meta-iteration (D5)
     horizon: int = 100  # number of steps per episode, H
+    oracle: bool = False  # the policy is told the parameters of the task, in place of a belief
     keep_terminal: bool = False  # start episode 2 on the terminal state of episode 1, as the official code (D3)
     cut_episodes: bool = False  # the return of episode 2 does not reach episode 1, as in the official code (D2)
 
@@ -110,13 +111,13 @@ class Args:
     vae_updates: int = 5  # number of ELBO updates per meta-iteration
     lr_vae: float = 1e-3  # learning rate of φ and θ
     buffer_trials: int = 10_000  # number of trials that the buffer holds
-    precollect: int = 5_000  # least number of frames before the first update
 
     policy_embed: int = 64  # width of the policy's embeddings of state and belief (0: raw concatenation)
     policy_hidden: tuple[int, ...] = (128, 128)  # widths of the hidden layers of actor and critic
     policy_init: Literal["orthogonal", "normc"] = "orthogonal"  # initialisation of those layers
     normalise_belief: bool = False  # normalise the policy's q(z) by running statistics
     squash: Literal["none", "mean", "sample"] = "none"  # what of an action goes through a tanh
+    init_std: float = 1.0  # standard deviation of the actions before training
     gamma: float = 0.97  # discount factor
     gae_lambda: float = 0.9  # λ of generalised advantage estimation
     ppo_epochs: int = 2  # number of passes over a batch of trials
@@ -158,23 +159,23 @@ FAST = {  # tuned by us
         lr_vae=2e-3, policy_hidden=(128, 64), minibatches=16, clip=0.1, lr_policy=2e-3, entropy=1e-4,
     )
 }  # fmt: skip
-MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed", "precollect"
+MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed"
 
 
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     batch = 2 * args.horizon * args.num_envs  # steps of a trial in all environments
-    least = (args.precollect // batch + 1) * batch
     same_length, most = env.terminated is envs.TaskVectorEnv.terminated, min(500, args.buffer_trials)
     return {
         f"{args.env} may end an episode early, and this algorithm needs episodes of equal length": same_length,
-        f"--frames must be at least {least} (the precollection and one meta-iteration)": args.frames >= least,
+        f"--frames must be at least {2 * batch} (the first meta-iteration only collects)": args.frames >= 2 * batch,
         "--num-envs must be at most 500 (the training tasks) and --buffer-trials": args.num_envs <= most,
         "--minibatches must be at most --horizon times --num-envs": args.minibatches <= args.horizon * args.num_envs,
         "--cut-episodes leaves nothing of episodes of one step": args.horizon > 1 or not args.cut_episodes,
         "--reward-decoder must name a layer": len(args.reward_decoder) > 0,
         "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
-        "--clip, --lr-policy and --lr-vae must be positive": min(args.clip, args.lr_policy, args.lr_vae) > 0,
+        "--lr-policy and --lr-vae must be positive": min(args.lr_policy, args.lr_vae) > 0,
+        "--clip and --init-std must be positive": min(args.clip, args.init_std) > 0,
     }
 
 
@@ -208,12 +209,6 @@ def mlp(*sizes: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-# Copied from algos/milet.py
-def gaussian(mean: Tensor, var: Tensor) -> Normal:
-    """Diagonal, [..., latent_dim]."""
-    return Normal(mean, (var + 1e-10).sqrt(), validate_args=False)
-
-
 class Encoder(nn.Module):
     """q_φ(z | τ:t), Eq. (7): a GRU with a head for the mean and one for the log-variance."""
 
@@ -239,7 +234,20 @@ class Encoder(nn.Module):
     def task(self, belief: Tensor) -> Normal:
         """q(z | h) of its mean and log-variance, [..., latent_dim]."""
         mean, log_var = belief.chunk(2, dim=-1)
-        return gaussian(mean, log_var.exp())
+        return Normal(mean, (log_var.exp() + 1e-10).sqrt(), validate_args=False)
+
+
+class Oracle(nn.Module):
+    """--oracle, in the encoder's place: the belief is the parameters of the task, [..., task_dim], without doubt."""
+
+    def forward(self, action: Tensor, reward: Tensor, next_obs: Tensor, h: Tensor) -> Tensor:
+        return h[None]
+
+    def belief(self, h: Tensor) -> Tensor:
+        return h
+
+    def task(self, belief: Tensor) -> Normal:
+        return Normal(belief, torch.zeros_like(belief), validate_args=False)
 
 
 # Copied from algos/milet.py
@@ -260,20 +268,26 @@ class Decoder(nn.Module):
         of_z, of_x = self.first.weight.split([z.shape[-1], x.shape[-1]], dim=1)
         return F.linear(z, of_z), F.linear(x, of_x, self.first.bias)
 
+    def error(self, z: Tensor, obs: Tensor, action: Tensor, goal: Tensor, steps: Tensor | list[slice]) -> Tensor:
+        """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
+        trials = zip(*self.parts(z, obs, action), goal, steps)  # goal [trial, H+, out]
+        errors = [(self.rest(of_z[:, None] + of_x[t]) - goal[t]).square().mean() for of_z, of_x, goal, t in trials]
+        return torch.stack(errors).mean()
+
 
 class Policy(nn.Module):
     """π(a | s, mean and log-variance of q(z)) and its value function: tanh networks on normalised states."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+    def __init__(self, obs_dim: int, belief_dim: int, action_dim: int, args: Args):
         super().__init__()
-        state_dim, belief_dim, width = obs_dim - 1, 2 * args.latent_dim, args.policy_embed  # no done flag (D10)
+        state_dim, width = obs_dim - 1, args.policy_embed  # no done flag (D10)
         self.stats, self.squash_mean = RunningStats(state_dim), args.squash == "mean"
         self.belief_stats = RunningStats(belief_dim) if args.normalise_belief else None
         self.embed_state = nn.Sequential(nn.Linear(state_dim, width), nn.Tanh()) if width else nn.Identity()
         self.embed_belief = nn.Sequential(nn.Linear(belief_dim, width), nn.Tanh()) if width else nn.Identity()
         input_dim = 2 * width if width else state_dim + belief_dim
         self.actor, self.critic = (mlp(input_dim, *args.policy_hidden, n, activation=nn.Tanh) for n in (action_dim, 1))
-        self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.log_std = nn.Parameter(torch.full((action_dim,), args.init_std).log())
         hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
         for layer in (*self.actor[:-1:2], *self.critic[:-1:2]):
             hidden_init(layer.weight, 5 / 3)
@@ -287,18 +301,13 @@ class Policy(nn.Module):
         if self.belief_stats:
             self.belief_stats.update(belief)
 
-    def embed(self, obs: Tensor, belief: Tensor) -> Tensor:
+    def forward(self, obs: Tensor, belief: Tensor) -> tuple[Normal, Tensor]:
+        """π before the squashing of a sample, whose Jacobian cancels in PPO's ratio; and V, [...]."""
         state = self.stats.normalise(obs[..., :-1])  # D10
         belief = self.belief_stats.normalise(belief) if self.belief_stats else belief
-        return torch.cat([self.embed_state(state), self.embed_belief(belief)], dim=-1)
-
-    def value(self, x: Tensor) -> Tensor:
-        return self.critic(x)[..., 0]
-
-    def distribution(self, x: Tensor) -> Normal:
-        """Before the squashing of a sample, whose Jacobian cancels in PPO's ratio."""
+        x = torch.cat([self.embed_state(state), self.embed_belief(belief)], dim=-1)
         mean = self.actor(x).tanh() if self.squash_mean else self.actor(x)
-        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False)
+        return Normal(mean, self.log_std.exp().clamp(min=1e-6), validate_args=False), self.critic(x)[..., 0]
 
 
 # Copied from algos/milet.py
@@ -320,18 +329,6 @@ class Episode(NamedTuple):
     belief: Tensor  # [H+1, env, ·], what π sees of the memory
 
 
-# Copied from algos/milet.py
-def join(a: Episode, b: Episode) -> Episode:
-    """Two episodes as one of 2H steps."""
-    return Episode(*(torch.cat([x[: len(a.reward)], y]) for x, y in zip(a, b)))
-
-
-# Copied from algos/milet.py
-def reset(env: gym.vector.VectorEnv, **options) -> np.ndarray:
-    """The first states, and the done flag, 0: [env, obs_dim]."""
-    return np.pad(env.reset(**options)[0], ((0, 0), (0, 1)))
-
-
 @torch.inference_mode()
 def rollout(
     env: gym.vector.VectorEnv, obs: np.ndarray, policy: Policy, encoder: Encoder, h: Tensor, args: Args, test: bool
@@ -343,7 +340,7 @@ def rollout(
     actions, samples, beliefs = [], [], [encoder.belief(h)]
     states[0] = obs
     for t in range(horizon):
-        pi = policy.distribution(policy.embed(torch.from_numpy(states[t]).to(args.device), beliefs[t]))
+        pi, _ = policy(torch.from_numpy(states[t]).to(args.device), beliefs[t])
         sample = pi.mean + pi.stddev * noise[t]
         action = sample.tanh() if args.squash == "sample" else sample
         states[t + 1, :, :-1], rewards[t], *_ = env.step(action.cpu().numpy())
@@ -364,47 +361,42 @@ def run_trial(
     """Two episodes in each task, on one running belief."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
-    h = torch.zeros(len(tasks), args.hidden, device=args.device)
-    obs = reset(env, seed=seed, options={"tasks": tasks})
+    h = torch.from_numpy(tasks.params).float() if args.oracle else torch.zeros(len(tasks), args.hidden)
+    h = h.to(args.device)
+    flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
+    obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    obs = reset(env)
+    fine, obs = ~env.unwrapped.broke, np.pad(env.reset()[0], flag)
     obs = first.obs[-1].numpy() if args.keep_terminal else obs  # D3
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
-    return first, second
+    if test:
+        return first, second
+    fine &= ~env.unwrapped.broke  # [env]: nothing is learned from physics that diverged
+    return tuple(Episode(*(x[:, fine] for x in episode)) for episode in (first, second))
 
 
 # Copied from algos/milet.py
 class TrialBuffer:
-    """The latest trials, each of two episodes in one task."""
+    """The latest trials: of each obs [2, H+1, obs_dim], action [2, H, action_dim] and reward [2, H]."""
 
-    def __init__(self, capacity: int, horizon: int, obs_dim: int, action_dim: int):
-        shapes = {"obs": (horizon + 1, obs_dim), "action": (horizon, action_dim), "reward": (horizon,)}
-        self.data = {name: torch.empty(capacity, 2, *shape) for name, shape in shapes.items()}
-        self.capacity, self.added = capacity, 0
-
-    def __len__(self) -> int:
-        return min(self.added, self.capacity)
+    def __init__(self, capacity: int):
+        self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        rows = torch.arange(self.added, self.added + episodes[0].reward.shape[1]) % self.capacity
-        for name, storage in self.data.items():
-            storage[rows] = torch.stack([getattr(e, name) for e in episodes]).movedim(2, 0)
-        self.added += len(rows)
+        parts = (torch.stack([getattr(e, name) for e in episodes]) for name in ("obs", "action", "reward"))
+        self.trials.extend(zip(*(part.movedim(2, 0) for part in parts)))
 
     def sample(self, batch: int) -> list[Tensor]:
-        """Different trials: obs [trial, 2, H+1, obs_dim], action [trial, 2, H, action_dim], reward [trial, 2, H]."""
-        rows = torch.randperm(len(self))[:batch]
-        return [storage[rows] for storage in self.data.values()]
+        """Different trials, stacked."""
+        rows = torch.randperm(len(self.trials))[:batch].tolist()
+        return [torch.stack(part) for part in zip(*(self.trials[row] for row in rows))]
 
     def state_dict(self) -> dict:
-        full = len(self) == self.capacity  # a slice would be saved with all of its storage
-        return {"added": self.added} | {k: x if full else x[: len(self)].clone() for k, x in self.data.items()}
+        return {"trials": [torch.stack(part) for part in zip(*self.trials)]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        for name, storage in self.data.items():
-            storage[: len(self)] = state[name]
+        self.trials.extend(zip(*state["trials"]))
 
 
 # == Variational inference =============================================================================================
@@ -433,12 +425,11 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
     # ln p_θ(τ+|z), Eq. (5)
-    steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else None
+    steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
     errors = dict.fromkeys(("reward", "state"), torch.zeros((), device=device))
     for name, goal in (("reward", r[..., None]), ("state", next_obs)):
         if f"{name}_decoder" in agent:
-            decoder = agent[f"{name}_decoder"]
-            errors[name] = reconstruction(decoder.rest, *decoder.parts(z, obs, action), goal, steps)
+            errors[name] = agent[f"{name}_decoder"].error(z, obs, action, goal, steps)
 
     # Eq. (4): sums over the terms and over the decoded steps of each, means over trials and state dimensions
     kl_z = kl_z[t, trial].mean()
@@ -456,37 +447,6 @@ def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: li
         nn.utils.clip_grad_norm_(agent[name].parameters(), 1.0)
     optimizer.step()
     return {f"elbo/{k}": v.item() for k, v in terms.items()}
-
-
-# Copied from algos/milet.py
-def reconstruction(
-    rest: nn.Module, z: Tensor, x: Tensor, goal: Tensor, steps: Tensor | None, floats: int = 2**18
-) -> Tensor:
-    """Eq. (5): the mean squared error of decoding transitions of each trial from each of its z. It equals
-
-        trial = torch.arange(len(z))[:, None, None]
-        decoded = rest(z[:, :, None] + x[trial, steps])  # [trial, term, decode, out]
-        return (decoded - goal[trial, steps]).square().mean()
-
-    z [trial, term, width] and x [trial, H+, width] are the two parts of the decoder's first layer, goal is
-    [trial, H+, out], steps [trial, term, decode] (None: all). Each chunk of terms goes forward and backward while it is
-    in cache, so that the million rows of an update never exist at once.
-    """
-    inputs, decodes = [z, x, *rest.parameters()], x.shape[1] if steps is None else steps.shape[2]
-    chunk = max(1, floats // (decodes * z.shape[2]))  # of so many in the first activation
-    count, error_sum = z.shape[0] * z.shape[1] * decodes * goal.shape[2], 0.0
-    grads = [torch.zeros_like(v) for v in inputs]
-    for b, k in product(range(len(z)), range(0, z.shape[1], chunk)):
-        terms = slice(k, k + chunk)
-        chosen = slice(None) if steps is None else steps[b, terms]
-        z_part, x_part = z[b, terms].detach().requires_grad_(), x[b].detach().requires_grad_()
-        error = (rest(z_part[:, None] + x_part[chosen]) - goal[b, chosen]).square().sum() / count
-        parts = torch.autograd.grad(error, [z_part, x_part, *inputs[2:]])
-        for grad, part in zip([grads[0][b, terms], grads[1][b], *grads[2:]], parts):
-            grad += part
-        error_sum += error.detach()
-    linear = sum((v * grad).sum() for v, grad in zip(inputs, grads))  # what has these gradients
-    return error_sum + (linear - linear.detach())
 
 
 # == PPO ===============================================================================================================
@@ -521,36 +481,30 @@ def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
     return torch.cat([F.pad(part, (0, 0, 0, 1)) for part in parts])
 
 
-# Copied from algos/milet.py
-def value_loss(value: Tensor, old: Tensor, goal: Tensor, clip: float) -> Tensor:
-    """PPO's clipped value loss, with Huber's error."""
-    clipped = old + (value - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum(*(F.smooth_l1_loss(v, goal, reduction="none") for v in (value, clipped))).mean()
-
-
 def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode, reward: Tensor, args: Args) -> dict:
     """PPO on trials, joined, with the given rewards [H+, env] -> its diagnostics, means over the minibatches."""
     obs, sample, belief, reward = (x.to(args.device) for x in (trial.obs, trial.sample, trial.belief, reward))
     with torch.no_grad():
-        value = policy.value(policy.embed(obs, belief))  # [H+ + 1, env], of the statistics that acted
+        _, value = policy(obs, belief)  # [H+ + 1, env], of the statistics that acted
         advantage = advantages(reward, value, args)  # Eq. (3)
         goal = advantage + value[:-1]
         explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         policy.observe(obs[:-1], belief[:-1])
-        old = policy.distribution(policy.embed(obs[:-1], belief[:-1])).log_prob(sample).sum(-1)
+        old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], goal, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             s, b, u, old, v, g, adv = (x[rows] for x in batch)
-            x = policy.embed(s, b)
-            pi = policy.distribution(x)
+            pi, value = policy(s, b)
             log_ratio = pi.log_prob(u).sum(-1) - old
             ratio = log_ratio.exp()  # ρ of Eq. (2)
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
-            critic_loss = value_loss(policy.value(x), v, g, args.clip)  # Eq. (3)
+            clipped_value = v + (value - v).clamp(-args.clip, args.clip)
+            errors = (F.smooth_l1_loss(x, g, reduction="none") for x in (value, clipped_value))  # Huber's, Eq. (3)
+            critic_loss = 0.5 * torch.maximum(*errors).mean()
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()
@@ -591,12 +545,13 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
 # == Training ==========================================================================================================
 
 
-def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
-    agent = nn.ModuleDict(dict(encoder=Encoder(obs_dim, action_dim, args), policy=Policy(obs_dim, action_dim, args)))
+def make_agent(obs_dim: int, action_dim: int, task_dim: int, args: Args) -> nn.ModuleDict:
+    belief_dim = task_dim if args.oracle else 2 * args.latent_dim
+    agent = nn.ModuleDict(dict(policy=Policy(obs_dim, belief_dim, action_dim, args), reward_stats=RunningStats()))
+    agent["encoder"] = Oracle() if args.oracle else Encoder(obs_dim, action_dim, args)
     agent["reward_decoder"] = Decoder(obs_dim, action_dim, True, (*args.reward_decoder, 1), args)
     if args.state_decoder:
         agent["state_decoder"] = Decoder(obs_dim, action_dim, False, (*args.state_decoder, obs_dim), args)
-    agent["reward_stats"] = RunningStats()
     return agent.to(args.device)
 
 
@@ -609,11 +564,11 @@ def train(args: Args, run: "Run") -> None:
     frames_per_iteration = 2 * args.horizon * args.num_envs
     iterations = args.frames // frames_per_iteration
 
-    agent = make_agent(obs_dim, action_dim, args)
+    agent = make_agent(obs_dim, action_dim, env.unwrapped.task_dim, args)
     trained = {"policy": [*agent["policy"].parameters()]}
     trained["vae"] = [p for name in agent if name != "policy" for p in agent[name].parameters()]
     adam = {name: torch.optim.Adam(ps, getattr(args, f"lr_{name}"), fused=True) for name, ps in trained.items()}
-    buffer = TrialBuffer(args.buffer_trials, args.horizon, obs_dim, action_dim)
+    buffer = TrialBuffer(args.buffer_trials)
     state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 
     for iteration in run.loop(iterations, state, partial(evaluate, test_env, test_tasks, agent, args)):
@@ -626,9 +581,9 @@ def train(args: Args, run: "Run") -> None:
         buffer.add(first, second)  # at once (D4)
 
         # π is paid by normalised rewards (D8)
-        trial = join(first, second)
+        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(first, second)))  # as one, of H+ steps
         rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
-        if run.frames <= args.precollect:
+        if iteration == 1:  # D4
             agent["policy"].observe(trial.obs[:-1].to(args.device), trial.belief[:-1].to(args.device))
             continue
 
@@ -641,7 +596,8 @@ def train(args: Args, run: "Run") -> None:
 
         # φ and θ maximise Eq. (4)
         with run.timer("elbo"):
-            for _ in range(args.vae_updates):
+            terms = {}
+            for _ in range(0 if args.oracle else args.vae_updates):
                 terms = vae_update(agent, adam["vae"], buffer.sample(args.vae_batch), args)
         returns = {f"train/return_episode_{k}": e.reward.sum(0).mean().item() for k, e in ((1, first), (2, second))}
         run.log(returns | metrics | terms)

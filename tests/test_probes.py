@@ -24,7 +24,7 @@ def test_milet_recovers_the_clusters_and_adapts(tmp_path):
     """Two clusters that only the reward tells apart: NMI 1, and a second episode near the oracle's 0 (no task: -10)."""
     run = train(
         milet, env="probe-guess-sign", run_dir=str(tmp_path), frames=60_000, clusters=2, eval_every=50, horizon=10,
-        save_every=1000, precollect=1000, lr_vae=3e-3, vae_updates=2, elbo_terms=20, lr_phi=3e-3, lr_psi=3e-3,
+        save_every=1000, lr_vae=3e-3, vae_updates=2, elbo_terms=20, lr_phi=3e-3, lr_psi=3e-3,
         clip=0.2, minibatches=2, kl_z_weight=1e-3,
     )  # fmt: skip
     first, last = first_and_last(run)

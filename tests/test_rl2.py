@@ -155,17 +155,17 @@ def test_ppo_prefers_the_better_action():
     args = small_args(gamma=0.0, policy_embed=0)
     agent, trial = play(args)
     policy, adam = agent["policy"], optimizers(agent, 3e-3)
-    first = policy.distribution(trial[0].belief[:-1]).mean.mean().item()
+    first = policy(trial[0].belief[:-1])[0].mean.mean().item()
     for _ in range(15):
         with torch.no_grad():
             belief = torch.cat([episode.belief[:-1] for episode in trial])
-            sample = policy.distribution(belief).sample().split(100)
+            sample = policy(belief)[0].sample().split(100)
             acted = [rl2.Episode(e.obs, e.action, s, e.reward, e.belief) for e, s in zip(trial, sample)]
         rl2.ppo_update(agent, adam, tuple(acted), torch.cat(sample).sum(-1), args)
         new = seen(agent, trial, args).detach()
         ends = [e.belief[-1:] for e in trial]
         trial = tuple(e._replace(belief=torch.cat([n, end])) for e, n, end in zip(trial, new.split(100), ends))
-    assert policy.distribution(trial[0].belief[:-1]).mean.mean().item() > first + 0.2
+    assert policy(trial[0].belief[:-1])[0].mean.mean().item() > first + 0.2
 
 
 def test_clipped_norms(monkeypatch):

@@ -21,7 +21,7 @@ from conftest import ROOT
 QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after four: a kill finds old and new trials
     "milet": "--env hopper-params-4c --preset paper --frames 38400 --vae-batch 8 --elbo-terms 4 --decodes 5 "
     "--buffer-trials 64",
-    "varibad": "--env hopper-params-4c --frames 19200 --horizon 50 --precollect 1000 --vae-batch 4 --elbo-terms 4 "
+    "varibad": "--env hopper-params-4c --frames 19200 --horizon 50 --vae-batch 4 --elbo-terms 4 "
     "--decodes 5 --buffer-trials 64 --vae-updates 1",
     "rl2": "--env hopper-params-4c --frames 19200 --horizon 50",
     "maml": "--env ml2 --oracle --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 50",

@@ -28,7 +28,7 @@ def trials(n=3, horizon=5, obs_dim=6, action_dim=2):
 
 def test_kl_of_a_belief_that_stays_at_the_prior_is_zero():
     args = small_args()
-    agent = varibad.make_agent(6, 2, args)
+    agent = varibad.make_agent(6, 2, 2, args)
     for head in (agent["encoder"].mean, agent["encoder"].log_var):
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -40,7 +40,7 @@ def test_kl_of_a_belief_that_stays_at_the_prior_is_zero():
 def test_elbo_against_a_slow_reference(state_decoder, sampled):
     """Step by step, term by term, transition by transition, with the same random numbers; and its gradients."""
     args = small_args(state_decoder=state_decoder, kl_weight=0.7, lambda_s=0.5, **sampled)
-    agent, (obs, action, reward) = varibad.make_agent(6, 2, args), trials()
+    agent, (obs, action, reward) = varibad.make_agent(6, 2, 2, args), trials()
     encoder, n, steps = agent["encoder"], len(obs), 10
     torch.manual_seed(1)
     ours = varibad.elbo_loss(agent, obs, action, reward, args)
@@ -82,7 +82,7 @@ def decode(decoder, z, s, a, s2):
 
 
 def test_truncation_cuts_the_gradient_and_nothing_else():
-    agent, batch, found = varibad.make_agent(6, 2, small_args()), trials(), {}
+    agent, batch, found = varibad.make_agent(6, 2, 2, small_args()), trials(), {}
     for truncate in (0, 10, 3):
         torch.manual_seed(1)
         loss = varibad.elbo_loss(agent, *batch, small_args(truncate=truncate))["loss"]
@@ -94,7 +94,7 @@ def test_truncation_cuts_the_gradient_and_nothing_else():
 
 def test_one_update_moves_the_encoder_and_not_the_policy():
     args = small_args()
-    agent = varibad.make_agent(6, 2, args)
+    agent = varibad.make_agent(6, 2, 2, args)
     before = {name: p.clone() for name, p in agent.named_parameters()}
     optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
     varibad.vae_update(agent, optimizer, list(trials()), args)
@@ -107,7 +107,8 @@ def test_one_update_moves_the_encoder_and_not_the_policy():
 
 def play(args, env_id="hopper-params-4c", n=3):
     env = gym.make_vec(env_id, num_envs=n)
-    agent = varibad.make_agent(env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], args)
+    dims = env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], env.unwrapped.task_dim
+    agent = varibad.make_agent(*dims, args)
     return agent, *varibad.run_trial(env, env.unwrapped.task_set("train")[:n], 0, agent, args, test=False)
 
 
@@ -121,6 +122,21 @@ def test_the_belief_lives_for_one_trial():
         h = agent["encoder"](action, reward, next_obs, torch.zeros(3, 8))
         belief = agent["encoder"].belief(torch.cat([torch.zeros(1, 3, 8), h]))
     torch.testing.assert_close(belief, torch.cat([first.belief, second.belief[1:]]), atol=1e-5, rtol=1e-4)
+
+
+def test_the_oracle_is_told_the_task_and_infers_nothing(monkeypatch, tmp_path):
+    args = small_args(oracle=True)
+    agent, *episodes = play(args)
+    params = torch.from_numpy(gym.make_vec("hopper-params-4c").unwrapped.task_set("train").params[:3]).float()
+    for episode in episodes:
+        torch.testing.assert_close(episode.belief, params.expand(101, -1, -1))
+    monkeypatch.setattr(varibad, "vae_update", lambda *a: pytest.fail("an oracle has nothing to infer"))
+    flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=120, eval_every=9, run_dir=str(tmp_path))
+    run = train(varibad, oracle=True, **flags)
+    with np.load(run / "eval.npz") as arrays:
+        goals = arrays["params"].astype(np.float32)
+        np.testing.assert_array_equal(arrays["belief_mean"], np.broadcast_to(goals, (2, 6, 32, 2)))
+        assert (arrays["belief_std"] == 0).all()
 
 
 def test_episodes_end_with_the_flag_and_begin_with_a_reset():
@@ -139,7 +155,7 @@ def test_squashing(squash):
     torch.testing.assert_close(first.action, first.sample.tanh() if squash == "sample" else first.sample)
     policy = agent["policy"]
     policy.actor[-1].bias.data += 5
-    pi = policy.distribution(policy.embed(torch.randn(4, 12), torch.randn(4, 6)))
+    pi, _ = policy(torch.randn(4, 12), torch.randn(4, 6))
     assert (pi.mean.abs() <= 1).all() == (squash == "mean")
     with torch.no_grad():
         h = agent["encoder"](first.action, first.reward, first.obs[1:], torch.zeros(3, 8))
@@ -181,15 +197,15 @@ def make_trial(steps=10, n=4) -> varibad.Episode:
 def test_the_value_at_the_time_limit_is_that_of_the_state(policy_embed):
     """... and hangs neither on the done flag, which statistics never see at 1, nor on strays (D10)."""
     args = small_args(policy_embed=policy_embed, normalise_belief=True)
-    policy, trial = varibad.Policy(6, 2, args), make_trial(50, 16)
+    policy, trial = varibad.Policy(6, 6, 2, args), make_trial(50, 16)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
     for _ in range(5):
         varibad.ppo_update(policy, optimizer, trial, torch.randn(50, 16), args)
     end, same = trial.obs[-1], trial.obs[-1].clone()
     same[:, -1] = 0
-    x, y = (policy.embed(obs, trial.belief[-1]) for obs in (end, same))
-    assert (end[:, -1] == 1).all() and (x.abs() < 0.999).any(-1).all(), "not saturated"
-    torch.testing.assert_close(policy.value(x), policy.value(y))
+    (_, value), (_, without_flag) = (policy(obs, trial.belief[-1]) for obs in (end, same))
+    assert (end[:, -1] == 1).all() and value.std() > 1e-3, "not saturated"
+    torch.testing.assert_close(value, without_flag)
     end[:, 0] = 1e6
     assert policy.stats.normalise(end[:, :-1]).abs().max() == 10
     assert policy.belief_stats.normalise(1e6 * trial.belief).abs().max() == 10
@@ -198,11 +214,11 @@ def test_the_value_at_the_time_limit_is_that_of_the_state(policy_embed):
 def test_ppo_learns_from_the_advantages_of_the_trial(monkeypatch):
     """With the values of all H+ + 1 states, by the statistics that acted; its first ratios are 1 by the new ones."""
     args = small_args(normalise_belief=True, ppo_epochs=1, clip=1e9)
-    policy, seen, advantages = varibad.Policy(6, 2, args), [], varibad.advantages
+    policy, seen, advantages = varibad.Policy(6, 6, 2, args), [], varibad.advantages
     policy.belief_stats.update(3 + torch.randn(100, 6))
     trial = make_trial()
     with torch.no_grad():
-        expected = policy.value(policy.embed(trial.obs, trial.belief))
+        expected = policy(trial.obs, trial.belief)[1]
     monkeypatch.setattr(varibad, "advantages", lambda r, v, a: seen.append(v) or advantages(r, v, a))
     losses = varibad.ppo_update(policy, torch.optim.Adam(policy.parameters(), 1e-3), trial, torch.randn(10, 4), args)
     torch.testing.assert_close(seen[0], expected)
@@ -211,14 +227,14 @@ def test_ppo_learns_from_the_advantages_of_the_trial(monkeypatch):
 
 def test_ppo_prefers_the_better_action():
     args = small_args(gamma=0.0)
-    policy, trial = varibad.Policy(6, 2, args), make_trial(50, 16)
+    policy, trial = varibad.Policy(6, 6, 2, args), make_trial(50, 16)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    first = policy.distribution(policy.embed(trial.obs, trial.belief)).mean.mean().item()
+    first = policy(trial.obs, trial.belief)[0].mean.mean().item()
     for _ in range(40):
         with torch.no_grad():
-            sample = policy.distribution(policy.embed(trial.obs[:-1], trial.belief[:-1])).sample()
+            sample = policy(trial.obs[:-1], trial.belief[:-1])[0].sample()
         varibad.ppo_update(policy, optimizer, trial._replace(sample=sample), sample.sum(-1), args)
-    assert policy.distribution(policy.embed(trial.obs, trial.belief)).mean.mean().item() > first + 0.2
+    assert policy(trial.obs, trial.belief)[0].mean.mean().item() > first + 0.2
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -231,7 +247,7 @@ def test_rates_numbers_of_updates_and_statistics_before_the_first(monkeypatch, t
         rates.append(a[1].param_groups[0]["lr"]) or f(*a)
     ))  # fmt: skip
     train(
-        varibad, env="point-goal-4c", horizon=5, num_envs=4, frames=160, precollect=40, vae_updates=3, vae_batch=2,
+        varibad, env="point-goal-4c", horizon=5, num_envs=4, frames=160, vae_updates=3, vae_batch=2,
         anneal=anneal, lr_policy=4e-3, lr_vae=2e-3, run_dir=str(tmp_path), eval_every=9,
     )  # fmt: skip
     policy = (3e-3, 2e-3, 1e-3) if anneal else (4e-3, 4e-3, 4e-3)
@@ -241,21 +257,21 @@ def test_rates_numbers_of_updates_and_statistics_before_the_first(monkeypatch, t
 
 def test_normalised_beliefs():
     args = small_args(normalise_belief=True)
-    policy, trial = varibad.Policy(6, 2, args), make_trial()
+    policy, trial = varibad.Policy(6, 6, 2, args), make_trial()
     trial = trial._replace(belief=5 + 2 * trial.belief)
     optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
     varibad.ppo_update(policy, optimizer, trial, torch.randn(10, 4), args)
     torch.testing.assert_close(policy.belief_stats.mean.float(), trial.belief[:-1].mean((0, 1)), atol=1e-3, rtol=0)
-    shifted = varibad.Policy(6, 2, args)
+    shifted = varibad.Policy(6, 6, 2, args)
     shifted.load_state_dict(policy.state_dict())
     shifted.belief_stats.mean += 1
-    torch.testing.assert_close(policy.embed(trial.obs, trial.belief), shifted.embed(trial.obs, trial.belief + 1))
+    torch.testing.assert_close(policy(trial.obs, trial.belief)[1], shifted(trial.obs, trial.belief + 1)[1])
 
 
 def test_evaluation():
     args = small_args(horizon=3)
     env = gym.make_vec("point-goal-4c", num_envs=32, horizon=3)
-    metrics, arrays = varibad.evaluate(env, env.unwrapped.task_set("test"), varibad.make_agent(3, 2, args), args)
+    metrics, arrays = varibad.evaluate(env, env.unwrapped.task_set("test"), varibad.make_agent(3, 2, 2, args), args)
     shapes = dict(trace=(2, 4, 32, 2), reward=(2, 3, 32), action=(2, 3, 32, 2), belief_mean=(2, 4, 32, 3))
     shapes |= dict(belief_std=(2, 4, 32, 3), embedding=(32, 3))
     assert {name: arrays[name].shape for name in shapes} == shapes

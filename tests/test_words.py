@@ -19,8 +19,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BELIEF = "--frames 480 --num-envs 4 --horizon 20"
 GRADIENT = "--iterations 2 --tasks 4 --rollouts 2 --horizon 20"
 SHORT = {  # flags of a short run
-    "milet": f"{BELIEF} --precollect 100 --vae-batch 8 --elbo-terms 4 --decodes 5",
-    "varibad": f"{BELIEF} --precollect 100 --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "milet": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "varibad": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5",
     "rl2": BELIEF,
     "maml": GRADIENT,
     "promp": GRADIENT,
