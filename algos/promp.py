@@ -83,6 +83,7 @@ class Args:
     save_every: int = 10  # meta-iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
     run_dir: str = "runs"  # folder in which the run gets its own folder
+    name: str | None = None  # name of that folder (if it exists, the run in it is continued; default: with the time)
     resume: str | None = None  # run folder to continue (its args.json applies)
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
@@ -512,7 +513,7 @@ class Run:
     """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
 
     def __init__(self, args: Args):
-        name = f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        name = args.name or f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
         self.args, self.owner, self.bar, self.spoke = args, f"{SCRIPT}.py on {args.env}", None, time.time()
         self.iteration, self.frames, self.stopped = 0, 0, 0  # frames: environment steps, which the algorithm counts
@@ -524,11 +525,11 @@ class Run:
 
     def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
         """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
+        figures = f"figures: python results/plot.py {self.path}"
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), sep="\n")
-            return print(f"figures: python results/plot.py {self.path}")
+            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
         self.open(iterations)
@@ -547,8 +548,7 @@ class Run:
                 if self.stopped:
                     tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
-        tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt")
-        tqdm.write(f"figures: python results/plot.py {self.path}")
+        tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -562,8 +562,7 @@ class Run:
         for name, value in [*metrics.items(), *self.state["agent"].named_parameters()]:
             if not torch.as_tensor(value).isfinite().all():
                 raise FloatingPointError(f"{name} is not finite")
-        seconds = time.perf_counter() - self.began
-        speed = (self.frames - self.frames_before) / seconds
+        speed = (self.frames - self.frames_before) / (seconds := time.perf_counter() - self.began)
         times = self.seconds | {"time/update": seconds - self.seconds.get("time/sample", 0), "charts/sps": speed}
         self.write("metrics", metrics | times)
         returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
@@ -593,7 +592,7 @@ class Run:
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
-        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume))
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume or self.args.name))
         stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
         (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
         os.replace(self.path / "saving.json", self.path / "args.json")
@@ -611,11 +610,11 @@ class Run:
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
-        """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
+        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
         parts = {name: part.state_dict() for name, part in self.state.items()}
         sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
         parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
-        for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
+        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
             content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
             torch.save(content, self.path / "saving.pt")
             os.replace(self.path / "saving.pt", self.path / name)
@@ -644,6 +643,8 @@ def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
     fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    if given.name and not (given.resume or given.evaluate) and Path(given.run_dir, given.name, "agent.pt").exists():
+        return parse_args([*argv, "--resume", str(Path(given.run_dir, given.name))])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)

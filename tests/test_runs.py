@@ -159,6 +159,26 @@ def test_killed_anywhere_and_resumed_ends_the_same(finished, tmp_path, after, sa
     assert (cut / "eval.csv").read_text() == (only_run(tmp_path / "whole") / "eval.csv").read_text()
 
 
+def test_a_named_run_is_begun_continued_or_left_by_one_command(finished, tmp_path):
+    """The same command in every case: new, killed before or after its first checkpoint, finished."""
+    command = [*CHEAP, "--run-dir", tmp_path, "--name", "some/run"]
+    path = tmp_path / "some" / "run"
+    main(*command, "--iterations", 2)
+    main(*command, "--iterations", 3)
+    expected = (finished / "eval.csv").read_text()
+    assert [int(r["iteration"]) for r in rows(path / "eval.csv")] == [0, 2, 3]
+    assert rows(path / "eval.csv")[-1] == rows(finished / "eval.csv")[-1]
+    for name in ("args.json", "agent.pt"):  # the last file of the first checkpoint is agent.pt
+        (path / "agent.pt").unlink()
+        (path / name).unlink(missing_ok=True)
+        main(*command)
+        assert (path / "eval.csv").read_text() == expected
+    main(*command)
+    assert (path / "eval.csv").read_text() == expected
+    assert "--horizon cannot change on an existing run" in error(*command, "--horizon", 6)
+    assert "--name cannot change on an existing run" in error("--resume", path, "--name", "other")
+
+
 def test_goes_on_for_more_iterations(copy):
     main("--resume", copy, "--iterations", 5, "--eval-every", 1)
     args = json.loads((copy / "args.json").read_text())
