@@ -1,72 +1,252 @@
 #!/usr/bin/env bash
-# Reruns what the documentation reports. Stops at the first failure.
-#   ./benchmark.sh speed             physics limits, and the share of them that the scripts reach -> results/speed.csv
-#   ./benchmark.sh milet-point       point-goal-4c, 3 seeds, and their curves
-#   ./benchmark.sh milet-mujoco      ant-goal-4c (5 million frames), hopper-params-4c and walker-params-4c (1 million, at
-#                                    the paper's and at the official code's rates)
-#   ./benchmark.sh maml              cheetah-dir (2 seeds) and cheetah-vel, 32 million frames each, and ant-dir, 16 million
-#   ./benchmark.sh maml-mixed        MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each, and their curves
-#   ./benchmark.sh belief-point      RL2 and VariBAD on point-goal-4c, 3 seeds each, and their curves beside MILET's and PEARL's
-#   ./benchmark.sh belief-mujoco     the same on hopper-params-4c, walker-params-4c (1 million frames) and cheetah-dir (5 million)
-#   ./benchmark.sh promp             ProMP on cheetah-dir, 2 seeds, 16 million frames each, and their curves beside MAML's
-#   ./benchmark.sh pearl-point       PEARL on point-goal-4c, 3 seeds, and their curves
-#   ./benchmark.sh pearl-mujoco      PEARL on cheetah-dir, 60 iterations
-# SLURM=1 submits each run as a job instead of running them one after the other.
+# Reruns what the documentation reports.
+#   ./benchmark.sh                        the list of campaigns
+#   ./benchmark.sh CAMPAIGN [-j N]        its runs, N at a time (default 1), then its figures, all in runs/CAMPAIGN/
+#   ./benchmark.sh CAMPAIGN -n            only the commands
+#   ./benchmark.sh CAMPAIGN -- FLAGS      a trial: FLAGS go to every run, in runs/CAMPAIGN--FLAGS/
+#   SLURM=1 ./benchmark.sh CAMPAIGN       every run is a Slurm job; the figures are jobs that wait for them
+# The same command again continues what is unfinished and leaves what is finished. Ctrl-C, SIGTERM or a closed terminal
+# lets the runs save. If a run fails, the others save and stop, and no figure is drawn.
+# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=4G: limits of a job; two minutes before
+# its time is over, or when it is preempted, its run saves, and the job queues again. sbatch also reads its own
+# variables: SBATCH_PARTITION, SBATCH_ACCOUNT and others.
 set -euo pipefail
-shopt -s nullglob # a method that has no run on an environment is not in its figure
-cd "$(dirname "$0")"
+shopt -s nullglob # a method that has no stored run on an environment is not in its figure
 
-run() { if [ "${SLURM:-}" ]; then sbatch --cpus-per-task=2 --wrap "$*"; else "$@"; fi; }
+# campaign NAME TIME WHAT         what follows is its; TIME is that of all its runs, one after the other, on one core
+# run NAME... FLAGS...            NAME, of the run and its folder, is ENV__SCRIPT__SEED or ENV__SCRIPT__SEED__VARIANT
+# figure NAME RUN... STORED...    into figures/NAME/; no RUN: all on the environment NAME; STORED: folders with a slash
+campaigns() {
+  campaign milet-point '30 minutes' 'MILET on point-goal-4c, 3 seeds'
+  run point-goal-4c__milet__{0,1,2}
+  figure point-goal-4c
 
-case "${1:-}" in
-  speed) python results/speed.py ;;
-  milet-point)
-    for seed in 0 1 2; do run python algos/milet.py --env point-goal-4c --seed "$seed" --run-dir runs/point; done
-    [ "${SLURM:-}" ] || python results/plot.py runs/point/* --out runs/point-figures
-    ;;
-  milet-mujoco)
-    run python algos/milet.py --env ant-goal-4c --preset paper --frames 5000000
-    run python algos/milet.py --env hopper-params-4c --frames 1000000
-    run python algos/milet.py --env walker-params-4c --frames 1000000
-    run python algos/milet.py --env hopper-params-4c --frames 1000000 --lr-phi 5e-4
-    run python algos/milet.py --env walker-params-4c --frames 1000000 --lr-phi 3e-4 --lr-psi 3e-4
-    ;;
-  maml)
-    for seed in 0 1; do run python algos/maml.py --env cheetah-dir --seed "$seed" --run-dir runs/maml-cheetah; done
-    [ "${SLURM:-}" ] || python results/plot.py runs/maml-cheetah/* --out runs/maml-cheetah-figures
-    run python algos/maml.py --env cheetah-dir --kl-slack 0.1 --iterations 50
-    run python algos/maml.py --env cheetah-vel
-    run python algos/maml.py --env ant-dir --iterations 100
-    ;;
-  maml-mixed)
-    run python algos/maml.py --env ant-cheetah-dir --iterations 100 --run-dir runs/maml-mixed
-    run python algos/maml.py --env ant-cheetah-dir --iterations 100 --oracle --run-dir runs/maml-mixed
-    [ "${SLURM:-}" ] || python results/plot.py runs/maml-mixed/* --out runs/maml-mixed-figures
-    ;;
-  belief-point)
-    for script in rl2 varibad; do
-      for seed in 0 1 2; do run python "algos/$script.py" --env point-goal-4c --seed "$seed" --run-dir runs/belief-point; done
-    done
-    [ "${SLURM:-}" ] || python results/plot.py results/milet/point-* runs/belief-point/* results/pearl/point-* --out runs/belief-point-figures
-    ;;
-  belief-mujoco)
-    for task in "hopper-params-4c 1000000" "walker-params-4c 1000000" "cheetah-dir 5000000"; do
-      read -r env frames <<< "$task"
-      for script in rl2 varibad; do
-        run python "algos/$script.py" --env "$env" --frames "$frames" --run-dir "runs/belief-$env"
-      done
-      [ "${SLURM:-}" ] || python results/plot.py results/milet/"$env"__*__0 "runs/belief-$env"/* \
-        results/pearl/"$env"__*__0 --out "runs/belief-$env-figures"
-    done
-    ;;
-  promp)
-    for seed in 0 1; do run python algos/promp.py --env cheetah-dir --iterations 100 --seed "$seed" --run-dir runs/promp; done
-    [ "${SLURM:-}" ] || python results/plot.py runs/promp/* results/maml/cheetah-dir__* --out runs/promp-figures
-    ;;
-  pearl-point)
-    for seed in 0 1 2; do run python algos/pearl.py --env point-goal-4c --seed "$seed" --run-dir runs/pearl-point; done
-    [ "${SLURM:-}" ] || python results/plot.py runs/pearl-point/* --out runs/pearl-point-figures
-    ;;
-  pearl-mujoco) run python algos/pearl.py --env cheetah-dir --iterations 60 --eval-every 2 ;;
-  *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
-esac
+  campaign belief-point '1.5 hours' 'MILET, VariBAD, RL2, an oracle and the stored PEARL on point-goal-4c, 3 seeds each'
+  run point-goal-4c__{milet,varibad,rl2}__{0,1,2}
+  run point-goal-4c__varibad__{0,1,2}__oracle --oracle
+  figure point-goal-4c results/pearl/point-goal-4c__*
+
+  campaign ant '?' 'the same without PEARL on ant-goal-4c, 3 seeds and 10 million frames each'
+  run ant-goal-4c__{milet,varibad,rl2}__{0,1,2} --frames 10000000
+  run ant-goal-4c__varibad__{0,1,2}__oracle --oracle --frames 10000000
+  figure ant-goal-4c
+
+  campaign milet-studies '4 hours' "MILET's three ablations and 2 to 10 clusters on point-goal-4c, 3 seeds each"
+  for part in exploration stacked-gru consistency; do run point-goal-4c__milet__{0,1,2}__no-"$part" --no-"$part"; done
+  for n in 2 4 6 8 10; do run point-goal-4c__milet__{0,1,2}__clusters-"$n" --clusters "$n"; done
+  figure ablations point-goal-4c__milet__{0,1,2}__{clusters-4,no-exploration,no-stacked-gru,no-consistency}
+  figure clusters point-goal-4c__milet__{0,1,2}__clusters-{2,4,6,8,10}
+
+  campaign milet-ant-paper '5.5 hours' 'MILET on ant-goal-4c at the published setting, 50 million frames'
+  run ant-goal-4c__milet__0 --preset paper
+  figure ant-goal-4c
+
+  campaign milet-mujoco '?' 'MILET on hopper, walker, humanoid, and the ant with sparse rewards or uniform goals'
+  run {hopper-params-4c,walker-params-4c,humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
+  for env in {hopper,walker}-params-4c humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
+
+  campaign milet-tenth '70 minutes' 'MILET on ant, hopper and walker (at two rates), a tenth of the official budgets'
+  run ant-goal-4c__milet__0 --preset paper --frames 5000000
+  run {hopper,walker}-params-4c__milet__0 --preset paper --frames 1000000
+  run hopper-params-4c__milet__0__official-lr --preset paper --frames 1000000 --lr-phi 5e-4
+  run walker-params-4c__milet__0__official-lr --preset paper --frames 1000000 --lr-phi 3e-4 --lr-psi 3e-4
+  for env in {ant-goal,hopper-params,walker-params}-4c; do figure "$env"; done
+
+  campaign belief-mujoco '50 minutes' 'RL2 and VariBAD on hopper, walker and cheetah-dir, beside stored MILET and PEARL'
+  run {hopper,walker}-params-4c__{rl2,varibad}__0 --frames 1000000
+  run cheetah-dir__{rl2,varibad}__0 --frames 5000000
+  for env in {hopper,walker}-params-4c cheetah-dir; do figure "$env" results/{milet,pearl}/"$env"__*__0; done
+
+  campaign maml '3 hours' 'MAML on cheetah-dir (2 seeds, and a looser KL), cheetah-vel and ant-dir'
+  run cheetah-dir__maml__{0,1} cheetah-vel__maml__0
+  run cheetah-dir__maml__0__kl-slack --kl-slack 0.1 --iterations 50
+  run ant-dir__maml__0 --iterations 100
+  figure cheetah-dir cheetah-dir__maml__{0,1}
+  for env in cheetah-vel ant-dir; do figure "$env"; done
+
+  campaign maml-mixed '80 minutes' 'MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each'
+  run ant-cheetah-dir__maml__0 --iterations 100
+  run ant-cheetah-dir__maml__0__oracle --iterations 100 --oracle
+  figure ant-cheetah-dir
+
+  campaign rmaml '7 hours' 'RMAML on cheetah-vel-noise (its parts too, and MAML, 2 seeds each), cheetah-vel, and its toy'
+  run cheetah-vel-noise__{maml,rmaml}__{0,1}
+  run cheetah-vel-noise__rmaml__{0,1}__alpha --strategy uniform
+  run cheetah-vel-noise__rmaml__{0,1}__buffer --alpha-init 0.1 --alpha-0 0
+  run cheetah-vel__rmaml__0
+  for rates in layer parameter; do run cheetah-vel__rmaml__0__"$rates" --rates "$rates"; done
+  figure cheetah-vel-noise
+  figure cheetah-vel results/maml/cheetah-vel__*
+  run reaching-2d__rmaml_reaching__{0,1,2}
+  run reaching-2d__rmaml_reaching__0__half --max-share 0.5
+  run reaching-2d__rmaml_reaching__0__quarter --max-share 0.25
+  figure reaching reaching-2d__rmaml_reaching__0
+
+  campaign hom '1.5 hours' 'HoM with five embeddings, MAML and Multi-MAML on ml2, 3 seeds each, and five times as long'
+  run ml2__maml__{0,1,2} --tasks 20 --rollouts 10 --iterations 41
+  run ml2__maml__{0,1,2}__oracle --tasks 20 --rollouts 10 --iterations 41 --oracle
+  for kind in diagonal last-layer full state-next-state gradient; do
+    run ml2__hom__{0,1,2}__"$kind" --embedding "$kind"
+  done
+  figure ml2 ml2__maml__{0,1,2} ml2__maml__{0,1,2}__oracle ml2__hom__{0,1,2}__diagonal
+  run ml2__hom__0__long --iterations 200
+  run ml2__maml__0__long --tasks 20 --rollouts 10 --iterations 201
+  run ml2__maml__0__oracle-long --tasks 20 --rollouts 10 --iterations 201 --oracle
+  figure ml2-long ml2__{hom__0__long,maml__0__long,maml__0__oracle-long}
+
+  campaign mmaml-point '22 hours' 'MMAML, ProMP and Multi-ProMP on the point with 2, 4 and 6 modes, 3 seeds each (Table 3)'
+  run point-{2m,4m,6m}__mmaml__{0,1,2}
+  run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --modulation none
+  run point-{2m,4m,6m}__mmaml__{0,1,2}__multi --modulation none --oracle
+  for env in point-{2m,4m,6m}; do figure "$env"; done
+
+  campaign mmaml-robots '9 hours' 'MMAML on the reacher with 4 modes, beside ProMP and Multi-ProMP, and on the ant, 90 iterations'
+  run reacher-4m__mmaml__0
+  run reacher-4m__mmaml__0__promp --modulation none
+  run reacher-4m__mmaml__0__multi --modulation none --oracle
+  run ant-4m__mmaml__0 --iterations 90
+  for env in reacher-4m ant-4m; do figure "$env"; done
+
+  campaign cml '12 hours' 'CML on ant-cheetah-dir: two beginnings, 2 seeds; Sec. 5.2.1; FCML; both on point-goal-4c'
+  run ant-cheetah-dir__cml__{0,1}
+  run ant-cheetah-dir__cml__0__task-specific --init task-specific
+  run ant-cheetah-dir__cml__0__warmup --oracle-warmup 100 --iterations 110
+  run ant-cheetah-dir__fcml__0 --warmup 60
+  figure ant-cheetah-dir results/maml/ant-cheetah-dir__*
+  for e in 0.05 0.1 0.2 0.5; do run point-goal-4c__fcml__0__"$e" --epsilon "$e" --iterations 100; done
+  figure point-goal-4c
+
+  campaign promp '30 minutes' 'ProMP on cheetah-dir, 2 seeds, 16 million frames each, beside the stored MAML'
+  run cheetah-dir__promp__{0,1} --iterations 100
+  figure cheetah-dir results/maml/cheetah-dir__*
+
+  campaign pearl-point '50 minutes' 'PEARL on point-goal-4c, 3 seeds'
+  run point-goal-4c__pearl__{0,1,2}
+  figure point-goal-4c
+
+  campaign pearl-mujoco '2 hours' 'PEARL on cheetah-dir, 60 iterations'
+  run cheetah-dir__pearl__0 --iterations 60 --eval-every 2
+  figure cheetah-dir
+
+  campaign speed '?' 'physics limits, and the share that the scripts reach, into results/speed.csv (all cores)'
+  after speed python results/speed.py
+}
+
+# == How they are run ==
+jobs=1 chosen='' current='' only='' dry='' needs=''
+declare -a campaigns=() extra=() names=() ids=() running=() # the last three of the chosen one; running: name by process
+declare -A count=() about=()
+export CPUS=${CPUS:-1}
+
+campaign() { current=$1 campaigns+=("$1") count[$1]=0 about[$1]=$(printf '%-12s %s' "$2" "$3"); }
+
+run() {
+  local each=() name env script seed
+  while [[ ${1:---} != --* ]]; do each+=("$1"); shift; done
+  count[$current]=$((count[$current] + ${#each[@]}))
+  [ "$current" = "$chosen" ] || return 0
+  for name in "${each[@]}"; do
+    names+=("$name")
+    read -r env script seed _ <<< "${name//__/ }"
+    start "$name" python "algos/$script.py" --env "$env" --seed "$seed" "$@" "${extra[@]}" \
+      --num-threads "$CPUS" --run-dir "$folder" --name "$name"
+  done
+}
+
+figure() {
+  local name runs=() stored=()
+  for name in "${@:2}"; do if [[ $name = */* ]]; then stored+=("$name"); else runs+=("$name"); fi; done
+  if [ ${#runs[@]} = 0 ]; then for name in "${names[@]}"; do [[ $name != "$1"__* ]] || runs+=("$name"); done; fi
+  [ ${#extra[@]} = 0 ] || stored=() # a trial has nothing to be compared with
+  after "figure-$1" python results/plot.py "${runs[@]/#/$folder/}" "${stored[@]}" --out "$folder/figures/$1"
+}
+
+after() { # NAME COMMAND...: when all that was started has ended well
+  [ "$current" = "$chosen" ] || return 0
+  finish
+  [ ${#ids[@]} = 0 ] || needs=,afterok:$(IFS=: && echo "${ids[*]}")
+  start "$@"
+  needs=''
+}
+
+start() { # NAME COMMAND...: in the background, as soon as fewer than N run; or as a job; its output goes to NAME.log
+  local log=$folder/$1.log
+  if [ "${only:-$1}" != "$1" ]; then return; fi
+  if [ "$dry" ]; then echo "${@:2}"; return; fi
+  mkdir -p "$folder"
+  if [ "${SLURM:-}" ] && [ ! "$only" ]; then submit "$1" "$log"; return; fi
+  while [ ${#running[@]} -ge "$jobs" ]; do pause; reap; done
+  [ "$only" ] || echo "$1 -> $log"
+  # One at a time on a log, should an older one still run; off the terminal, so that Ctrl-C comes once, from stop
+  (flock 1 && exec setsid "${@:2}") >> "$log" 2>&1 < /dev/null &
+  running[$!]=$1
+}
+
+pause() { sleep 0.2 || true; } # a signal may end it
+
+finish() { while [ ${#running[@]} -gt 0 ]; do pause; reap; done; }
+
+reap() { # forget what has ended; stop at a failure
+  local pid name code
+  for pid in "${!running[@]}"; do
+    if kill -0 "$pid" 2> /dev/null; then continue; fi
+    name=${running[$pid]} code=0
+    unset "running[$pid]"
+    wait "$pid" || code=$?
+    if [ $code = 0 ]; then continue; fi
+    [ "$only" ] || printf '%s failed, status %s. The last lines of %s:\n%s\n' "$name" "$code" "$folder/$name.log" \
+      "$(tail -n 12 "$folder/$name.log")" >&2
+    stop $code
+  done
+}
+
+stop() { # STATUS: what runs finishes its iteration and saves (at a second signal: ends at once)
+  local pid
+  for pid in "${!running[@]}"; do kill -TERM "$pid" 2> /dev/null || true; done
+  for pid in "${!running[@]}"; do while kill -0 "$pid" 2> /dev/null; do pause; done; done
+  if [ "$only" ] && [ "$1" = 143 ] && [ "$(squeue -h -j "${SLURM_JOB_ID:-0}" -o %T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" # its time is over, but it was not cancelled
+  fi
+  exit "$1"
+}
+
+submit() { # NAME LOG: this script with --only NAME, as a job; never two of one name at a time
+  local id
+  id=$(sbatch --parsable --job-name="${folder#runs/}/$1" --output="$2" --open-mode=append --requeue \
+    --signal=B:TERM@120 --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-4G}" \
+    --dependency="singleton$needs" --kill-on-invalid-dep=yes \
+    --wrap="$(printf '%q ' exec ./benchmark.sh "$chosen" --only "$1" -- "${extra[@]}")")
+  ids+=("${id%;*}")
+  echo "job ${ids[-1]}: $1 -> $2"
+}
+
+fail() { echo "benchmark.sh: $*" >&2 && exit 2; }
+
+main() {
+  cd "$(dirname "$0")"
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -j) jobs=${2:-} && set -- "${@:2}" ;;
+      -n) dry=yes ;;
+      --only) only=$2 && set -- "${@:2}" ;; # in a job: this run, or this figure, and nothing else
+      --) extra=("${@:2}") && break ;;
+      -*) fail "no option $1; flags of the runs stand after --" ;;
+      *) [ ! "$chosen" ] || fail "one campaign at a time"; chosen=$1 ;;
+    esac
+    set -- "${@:2}"
+  done
+  [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "-j takes a number"
+  folder=$(IFS=- && echo "runs/$chosen${extra[*]//[^A-Za-z0-9.-]/-}" | sed 's/---/--/g')
+  trap 'stop 129' HUP
+  trap 'stop 130' INT
+  trap 'stop 143' TERM
+  campaigns
+  finish
+  [ ! "$chosen" ] || [ "${count[$chosen]:-}" ] || fail "no campaign $chosen; ./benchmark.sh lists them"
+  [ ! "$chosen" ] || exit 0
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+  printf '\n%-16s %4s  %s\n' CAMPAIGN RUNS 'ONE CORE'
+  for name in "${campaigns[@]}"; do printf '%-16s %4s  %s\n' "$name" "${count[$name]}" "${about[$name]}"; done
+}
+
+main "$@"; exit
