@@ -2,13 +2,14 @@
 
 import gymnasium as gym
 
-from envs.ant import AntDir, AntGoal4C, AntGoalPartial4C, AntGoalU
+from envs.ant import Ant1M, Ant2M, Ant4M, AntDir, AntGoal4C, AntGoalPartial4C, AntGoalU
 from envs.base import MujocoVectorEnv, SingleEnv, Tasks, TaskVectorEnv
 from envs.half_cheetah import CheetahDir, CheetahVel, CheetahVelNoise
 from envs.humanoid import HumanoidDir4C, HumanoidDirSparse4C
 from envs.mixed import ML2, AntCheetahDir
-from envs.point import PointGoal4C
+from envs.point import Point1M, Point2M, Point4M, Point6M, Point6MFar, PointGoal4C
 from envs.rand_params import HopperParams4C, WalkerParams4C
+from envs.reacher import Reacher1M, Reacher2M, Reacher4M, Reacher6M, Reacher6MBug
 from envs.walker2d import WalkerDir
 
 __all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "register", "vector_env"]
@@ -29,6 +30,19 @@ ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
     "walker-dir": WalkerDir,  # ProMP, Herd
     "ant-cheetah-dir": AntCheetahDir,  # CML
     "ml2": ML2,  # Herd
+    "point-1m": Point1M,  # MMAML
+    "point-2m": Point2M,  # MMAML
+    "point-4m": Point4M,  # MMAML
+    "point-6m": Point6M,  # MMAML
+    "point-6m-far": Point6MFar,  # ours
+    "reacher-1m": Reacher1M,  # MMAML
+    "reacher-2m": Reacher2M,  # MMAML
+    "reacher-4m": Reacher4M,  # MMAML
+    "reacher-6m": Reacher6M,  # MMAML
+    "reacher-6m-bug": Reacher6MBug,  # MMAML's code
+    "ant-1m": Ant1M,  # MMAML
+    "ant-2m": Ant2M,  # MMAML
+    "ant-4m": Ant4M,  # MMAML
 }
 
 

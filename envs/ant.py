@@ -1,9 +1,12 @@
-"""The ant, a quadruped: it must reach a goal on a circle of radius 2 (MILET, App. C), or run in a direction (CML)."""
+"""The ant, a quadruped: it must reach a goal on a circle of radius 2 (MILET, App. C) or near one of several modes
+(MMAML), or run in a direction (CML)."""
 
 import numpy as np
 
 from envs.base import MujocoVectorEnv
 from envs.circle import CENTRES, circle, nearest_centre
+from envs.modes import CENTRES as MODES
+from envs.modes import Modes
 from envs.runner import DirectionRunner
 
 
@@ -92,3 +95,36 @@ class AntDir(Ant, DirectionRunner):
 
     def terminated(self):
         return (self.qpos[:, 2] < 0) | (self.qpos[:, 2] > 1)
+
+
+class AntModes(Modes, Ant):
+    """What the ants of MMAML share.
+
+    Goals: (x, y, 0.03), x and y of N(m_k, 0.8^2). Observation [29]: qpos (15), qvel (14).
+    Reward: -|x - g|_1 - 0.1 |a|^2, x the torso position after the step, in three dimensions.
+    Episode: 250 steps of 0.02 s, no termination.
+    """
+
+    obs_dim, horizon, frame_skip, dt, contact_forces, sd = 29, 250, 2, 0.02, False, 0.8
+
+    def reward(self, action):
+        off_ground = np.abs(self.qpos[:, 2] - 0.03)
+        return -np.abs(self.qpos[:, :2] - self.tasks.params).sum(1) - off_ground - 0.1 * np.square(action).sum(1)
+
+
+class Ant1M(AntModes):
+    """`ant-1m`: one mode, (-4, 0)."""
+
+    centres, num_clusters = MODES["ant-1m"], 1
+
+
+class Ant2M(AntModes):
+    """`ant-2m`: two modes, (-4, 0) and (4, 0)."""
+
+    centres, num_clusters = MODES["ant-2m"], 2
+
+
+class Ant4M(AntModes):
+    """`ant-4m`: four modes on a half circle of radius 4."""
+
+    centres, num_clusters = MODES["ant-4m"], 4

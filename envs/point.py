@@ -1,9 +1,12 @@
-"""A 2-D point that moves 0.1 x action a step: MILET's four goal clusters in seconds instead of hours."""
+"""2-D points: one that moves 0.1 x action a step, with MILET's four goal clusters in seconds instead of hours; and
+MMAML's, which the action accelerates."""
 
 import numpy as np
 
 from envs.base import TaskVectorEnv
 from envs.circle import CENTRES, circle, nearest_centre
+from envs.modes import CENTRES as MODES
+from envs.modes import Modes
 
 
 class PointGoal4C(TaskVectorEnv):
@@ -13,6 +16,7 @@ class PointGoal4C(TaskVectorEnv):
     """
 
     obs_dim, action_dim, task_dim, num_clusters, dt = 2, 2, 2, 4, 0.1
+    scale = 40  # pixels a unit
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -41,10 +45,77 @@ class PointGoal4C(TaskVectorEnv):
         return np.clip((self.tasks.params - self.position) / 0.1, -1, 1)
 
     def render(self):
-        """One [200, 200, 3] uint8 image a copy, 5 x 5 units: the point in black, its goal in red."""
+        """One [200, 200, 3] uint8 image a copy, 200 / `scale` units wide: the point in black, its goal in red."""
         frames = np.full((self.num_envs, 200, 200, 3), 255, np.uint8)
         for frame, point, goal in zip(frames, self.position, self.tasks.params):
             for (x, y), colour in ((goal, (200, 0, 0)), (point, (0, 0, 0))):
-                column, row = np.clip([100 + 40 * x, 100 - 40 * y], 4, 195).astype(int)
+                column, row = np.clip([100 + self.scale * x, 100 - self.scale * y], 4, 195).astype(int)
                 frame[row - 4 : row + 5, column - 4 : column + 5] = colour
         return tuple(frames)
+
+
+class PointMass(Modes):
+    """What the points of MMAML share.
+
+    Goals: N(m_k, 1). Observation [4]: position, velocity. Reward: -|x - g|_2, x after the step.
+    A step: v <- v + 0.1 a, x <- x + v. Episode: 100 steps, from x ~ U(-0.2, 0.2)^2 and v ~ U(-0.1, 0.1)^2.
+    """
+
+    obs_dim, action_dim, dt, sd, scale = 4, 2, 0.1, 1.0, 10
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.position, self.velocity = np.zeros((2, self.num_envs, 2))
+
+    def reset_state(self, ids):
+        for i in ids:
+            self.position[i] = self.rngs[i].uniform(-0.2, 0.2, 2)
+            self.velocity[i] = self.rngs[i].uniform(-0.1, 0.1, 2)
+
+    def advance(self, ids, action):
+        self.velocity[ids] += 0.1 * np.clip(action[ids], -1, 1)
+        self.position[ids] += self.velocity[ids]
+
+    def observation(self):
+        return np.concatenate([self.position, self.velocity], axis=1)
+
+    def reward(self, action):
+        return -np.linalg.norm(self.position - self.tasks.params, axis=1)
+
+    def oracle_action(self):
+        """The action of one who knows the goal: as fast as it can still brake, along each axis, [num_envs, 2]."""
+        way = self.tasks.params - self.position
+        speed = np.minimum(np.sqrt(0.2 * np.abs(way)), np.abs(way))  # v^2 / 2 a, a = 0.1, is the way to brake
+        return np.clip((np.sign(way) * speed - self.velocity) / 0.1, -1, 1)
+
+    render = PointGoal4C.render
+
+
+class Point1M(PointMass):
+    """`point-1m`: one mode, (5, 5)."""
+
+    centres, num_clusters = MODES["point-1m"], 1
+
+
+class Point2M(PointMass):
+    """`point-2m`: two modes, (-5, -5) and (5, 5)."""
+
+    centres, num_clusters = MODES["point-2m"], 2
+
+
+class Point4M(PointMass):
+    """`point-4m`: four modes, (+-5, +-5)."""
+
+    centres, num_clusters = MODES["point-4m"], 4
+
+
+class Point6M(PointMass):
+    """`point-6m`: six modes, a regular hexagon of radius 5: nearer than those of the other points."""
+
+    centres, num_clusters = MODES["point-6m"], 6
+
+
+class Point6MFar(PointMass):
+    """`point-6m-far`: the same with radius 7.07, as far as the modes of the other points."""
+
+    centres, num_clusters = MODES["point-6m-far"], 6
