@@ -740,21 +740,21 @@ class Run:
             with (self.path / name).open("a") as file:
                 file.truncate(min(file.tell(), self.sizes.get(name, 0)))
         if self.args.track:
-            whose = dict(project="clean-meta-rl", name=self.path.name, id=self.path.name, dir=self.path, config=stored)
+            whose = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
             with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
                 import wandb
-                wandb.init(**whose, resume="allow", sync_tensorboard=True)
+                wandb.init(**whose, project="clean-meta-rl", resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
         self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
         tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
-        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
+        """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
         parts = {name: part.state_dict() for name, part in self.state.items()}
         sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
         parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
-        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
+        for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
             content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
             torch.save(content, self.path / "saving.pt")
             os.replace(self.path / "saving.pt", self.path / name)
@@ -783,24 +783,25 @@ def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
     fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
-    if given.name and not (given.resume or given.evaluate) and Path(given.run_dir, given.name, "agent.pt").exists():
-        return parse_args([*argv, "--resume", str(Path(given.run_dir, given.name))])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
     default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
-    if folder:
+    rows = Path(given.run_dir, given.name or "", "eval.csv")
+    begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
+    if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
             fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
-            default = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
-    args = tyro.cli(Args, args=argv, default=default, description=about)
+    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
+    args = replace(args, resume=folder) if begun else args
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
-        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(default, name))
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(stored, name))
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
@@ -818,8 +819,7 @@ if __name__ == "__main__":  # faults of the user or of the machine become one li
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         run = Run(args := parse_args(sys.argv[1:]))
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, run.on_signal)
+        [signal.signal(signum, run.on_signal) for signum in (signal.SIGINT, signal.SIGTERM)]
         train(args, run)
     except FloatingPointError as error:
         fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")

@@ -31,6 +31,7 @@ Deviations from the official code (C)
   D5  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
   D6  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D7  C's scale of the rewards is updated every step; here once a trial.
+  D8  C is silent on physics that diverges; here nothing is learned from the trial.
 
 Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (3.2 million frames, 7-8 minutes on one core of
              an AMD EPYC, three seeds): episode 1 -42, -42, -41, episode 2 -37, -35, -32; one who knows the goal -19.
@@ -132,6 +133,10 @@ PAPER = {
     "cheetah-vel": CHEETAH | dict(num_envs=32),
 }
 FAST = {  # tuned by us
+    "ant-goal-4c": dict(
+        frames=10_000_000, num_envs=32, hidden=64, init_std=0.4, gae_lambda=0.95, ppo_epochs=4, minibatches=4, clip=0.1,
+        lr_policy=5e-4, lr_encoder=5e-4, entropy=1e-3,
+    ),
     "point-goal-4c": dict(
         frames=3_200_000, num_envs=64, hidden=64, minibatches=8, clip=0.1, lr_policy=2e-3, lr_encoder=2e-3,
         entropy=1e-4,
@@ -331,12 +336,12 @@ def run_trial(
     flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
     obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
-    fine, obs = ~env.unwrapped.broke, np.pad(env.reset()[0], flag)
-    second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
+    fine = ~env.unwrapped.broke  # [env], before the reset clears it (D8)
+    second, _ = rollout(env, np.pad(env.reset()[0], flag), agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
     if test:
         return first, second
-    fine &= ~env.unwrapped.broke  # [env]: nothing is learned from physics that diverged
+    fine &= ~env.unwrapped.broke  # D8
     return tuple(Episode(*(x[:, fine] for x in episode)) for episode in (first, second))
 
 
@@ -610,21 +615,21 @@ class Run:
             with (self.path / name).open("a") as file:
                 file.truncate(min(file.tell(), self.sizes.get(name, 0)))
         if self.args.track:
-            whose = dict(project="clean-meta-rl", name=self.path.name, id=self.path.name, dir=self.path, config=stored)
+            whose = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
             with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
                 import wandb
-                wandb.init(**whose, resume="allow", sync_tensorboard=True)
+                wandb.init(**whose, project="clean-meta-rl", resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
         self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
         tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
-        """checkpoint.pt and agent.pt; aside, then renamed: a kill leaves the last ones whole."""
+        """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
         parts = {name: part.state_dict() for name, part in self.state.items()}
         sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
         parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
-        for name, content in {"checkpoint.pt": parts, "agent.pt": {"agent": parts["agent"]}}.items():
+        for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
             content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
             torch.save(content, self.path / "saving.pt")
             os.replace(self.path / "saving.pt", self.path / name)
@@ -653,24 +658,25 @@ def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
     fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
-    if given.name and not (given.resume or given.evaluate) and Path(given.run_dir, given.name, "agent.pt").exists():
-        return parse_args([*argv, "--resume", str(Path(given.run_dir, given.name))])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
     default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
-    if folder:
+    rows = Path(given.run_dir, given.name or "", "eval.csv")
+    begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
+    if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
             fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
-            default = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
-    args = tyro.cli(Args, args=argv, default=default, description=about)
+    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
+    args = replace(args, resume=folder) if begun else args
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
-        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(default, name))
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(stored, name))
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
@@ -688,8 +694,7 @@ if __name__ == "__main__":  # faults of the user or of the machine become one li
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         run = Run(args := parse_args(sys.argv[1:]))
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, run.on_signal)
+        [signal.signal(signum, run.on_signal) for signum in (signal.SIGINT, signal.SIGTERM)]
         train(args, run)
     except FloatingPointError as error:
         fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")

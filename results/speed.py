@@ -155,10 +155,11 @@ def main() -> None:
             limit = add_limit("ant-goal-4c", copies)
             add(share(f"milet.py ant-goal-4c, {preset} preset{name}", copies, limit, median))
     for script in ("varibad", "rl2"):
-        median = measure(script, 10, ["--env", "ant-goal-4c", "--frames", str(40 * 3200)])
+        median = measure(script, 10, ["--env", "ant-goal-4c", "--preset", "paper", "--frames", str(40 * 3200)])
         add(share(f"{script}.py ant-goal-4c", 16, add_limit("ant-goal-4c", 16), median))
         for env_id, copies in OFFICIAL[script].items():
-            flags = ["--env", env_id, "--horizon", "200", "--num-envs", str(copies), "--frames", str(25 * 400 * copies)]
+            flags = ["--env", env_id, "--preset", "paper", "--horizon", "200", "--num-envs", str(copies)]
+            flags += ["--frames", str(25 * 400 * copies)]
             limit, median = add_limit(env_id, copies, 200), measure(script, 5, flags)
             add(share(f"{script}.py {env_id}, H = 200", copies, limit, median))
             if script == "rl2":

@@ -3,13 +3,17 @@
 import csv
 from pathlib import Path
 
+import gymnasium as gym
 import maml
 import milet
+import numpy as np
 import pearl
 import probes  # noqa: F401  (registers them)
 import promp
 import pytest
 import rl2
+import rmaml
+import torch
 import varibad
 from conftest import train
 
@@ -18,6 +22,28 @@ def first_and_last(run: Path) -> tuple[dict[str, float], dict[str, float]]:
     with (run / "eval.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     return rows[0], rows[-1]
+
+
+@pytest.mark.parametrize("when", [2, 7])
+@pytest.mark.parametrize("script", [milet, varibad, rl2])
+def test_nothing_is_learned_from_a_simulation_that_diverged(monkeypatch, script, when):
+    """In the first or in the second episode; but an evaluation has a row for every task."""
+    args = script.Args(horizon=5, num_threads=1)
+    env = gym.make_vec("point-goal-4c", num_envs=3, horizon=5)
+    tasks, dims = env.unwrapped.task_set("train")[:3], (3, 2, 2) if script is varibad else (3, 2)
+    agent = script.make_agent(*dims, args)
+
+    def trial(test: bool, breaks: bool) -> tuple:
+        steps = iter(range(10))
+        broken = lambda: np.array([breaks and next(steps) == when, False, False])  # noqa: E731
+        monkeypatch.setattr(env.unwrapped, "diverged", broken)
+        torch.manual_seed(0)
+        return script.run_trial(env, tasks, 0, agent, args, test)
+
+    for whole, cut in zip(trial(False, False), trial(False, True)):
+        for all_copies, fine in zip(whole, cut):
+            torch.testing.assert_close(fine, all_copies[:, 1:])
+    assert all(episode.obs.shape[1] == 3 for episode in trial(True, True))
 
 
 def test_milet_recovers_the_clusters_and_adapts(tmp_path):
@@ -43,7 +69,7 @@ def test_belief_and_memory_solve_the_second_episode(tmp_path, script, rates):
     assert last["eval/return_episode_2"] > -3 > first["eval/return_episode_2"]
 
 
-@pytest.mark.parametrize("script, step", [(maml, {}), (promp, dict(lr=1e-2))])
+@pytest.mark.parametrize("script, step", [(maml, {}), (promp, dict(lr=1e-2)), (rmaml, {})])
 def test_bandit_is_solved_after_one_gradient_step(tmp_path, script, step):
     """One action, goals -1 and +1: without the task 0 is best, which pays -1 - σ² and more; who knows it gets 0."""
     run = train(

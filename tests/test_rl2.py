@@ -222,7 +222,7 @@ def test_presets_are_the_official_configurations_of_the_robot(env_id):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--frames", "3000"], "--frames must be at least 3200"),
+        (["--frames", "6000"], "--frames must be at least 6400"),
         (["--minibatches", "0"], "--minibatches must be from 1"),
         (["--num-envs", "501"], "at most 500"),
         (["--env", "ant-dir"], "may end an episode early"),

@@ -126,7 +126,7 @@ def test_the_belief_lives_for_one_trial():
 
 def test_the_oracle_is_told_the_task_and_infers_nothing(monkeypatch, tmp_path):
     args = small_args(oracle=True)
-    agent, *episodes = play(args)
+    _, *episodes = play(args)
     params = torch.from_numpy(gym.make_vec("hopper-params-4c").unwrapped.task_set("train").params[:3]).float()
     for episode in episodes:
         torch.testing.assert_close(episode.belief, params.expand(101, -1, -1))
@@ -323,7 +323,7 @@ def test_presets_are_the_official_configurations_of_the_robot(env_id):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--frames", "6000"], "--frames must be at least 6400"),
+        (["--frames", "12000"], "--frames must be at least 12800"),
         (["--elbo-terms", "-1"], "--elbo-terms must be from 0"),
         (["--num-envs", "501"], "at most 500"),
         (["--env", "ant-dir"], "may end an episode early"),
