@@ -24,9 +24,11 @@ import matplotlib
 import numpy as np
 import tyro
 from scipy.stats import bootstrap
+from sklearn.cluster import AgglomerativeClustering
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import normalized_mutual_info_score as nmi
+from sklearn.metrics import silhouette_score
 
 import envs
 
@@ -34,8 +36,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
-NOT_THE_METHOD = {"script", "seed", "run_dir", "resume", "evaluate", "device", "num_threads", "track", "save_every"}
-NOT_THE_METHOD |= {"eval_every", "eval_steps"}
+NOT_THE_METHOD = {"script", "seed", "run_dir", "name", "resume", "evaluate", "device", "num_threads", "track"}
+NOT_THE_METHOD |= {"save_every", "eval_every", "eval_steps"}
 RETURN = re.compile(r"eval/return_(episode|step)_(\d+)(_cluster_\d+)?")
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
 COLOURS = {  # a method has one colour in all figures
@@ -57,6 +59,11 @@ SHAPES = {
     "embedding": ("task", "dimension"),
     "reward_weights": ("weight", "step"),
     "action": ("episode", "step", "task", "action"),
+    "learner": ("task",),
+    "learner_returns": ("learner", "task"),
+    "train_cluster": ("training task",),
+    "train_learner": ("training task",),
+    "train_products": ("training task", "training task"),
 }
 NO_SHAPE = "alpha", "seed"  # a number, or several
 
@@ -108,8 +115,8 @@ def make_env(args: dict, **kwargs) -> envs.TaskVectorEnv:
     return env
 
 
-def read_csv(path: Path) -> dict[str, np.ndarray]:
-    """eval.csv: columns by name, [rows] each.
+def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
+    """eval.csv or metrics.csv: columns by name, [rows] each; some must be wanted.
 
     The last row of a run that was killed, or still writes, may be cut, or followed by rubbish: it is left out.
     """
@@ -123,7 +130,7 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
         if values.shape[1:] != (len(names),):
             raise ValueError(f"it has no rows of {len(names)} numbers")
         table = dict(zip(names, values.T))
-        returns = [name for name in names if RETURN.fullmatch(name)]
+        returns = [name for name in names if wanted.fullmatch(name)]
         if not {"iteration", "charts/frames"} <= set(names) or not returns:
             raise ValueError("it lacks the columns iteration, charts/frames or eval/return_...")
         if not np.isfinite([table[name] for name in ("iteration", "charts/frames", *returns)]).all():
@@ -306,6 +313,8 @@ def shown_cluster(data: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
     """The cluster of every task that was inferred after exploration, or else the true one; and which it is."""
     if "cluster_belief" in data:
         return data["cluster_belief"][0, -1].argmax(-1), "inferred"
+    if "learner" in data and ("learner_returns" in data or data["learner"].any()):  # HoM's 0 is its probe
+        return data["learner"].astype(int), "inferred"
     return data["cluster"], "true"
 
 
@@ -430,6 +439,71 @@ def reward_weights(data: dict[str, np.ndarray], path: Path) -> None:
     save(figure, path)
 
 
+def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """PCA and t-SNE of HoM's training tasks, from the inner products of their embeddings; silhouettes over clusters.
+
+    Colour member, shape true cluster. The members' number of clusters is the filled point.
+    """
+    values, vectors = np.linalg.eigh(data["train_products"].astype(float))
+    points = vectors * np.sqrt(values.clip(0))  # the embeddings, but for a rotation
+    member, true = data["train_learner"].astype(int), data["train_cluster"].astype(int)
+    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(30, len(points) - 1), random_state=0)}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
+    for axis, (name, method) in zip(axes, maps.items()):
+        for (x, y), m, c in zip(method.fit_transform(points), member, true):
+            axis.plot(x, y, "os^Dv<>"[c % 7], color=CLUSTER_COLOURS[(m - 1) % 10], markersize=4, alpha=0.7)
+        axis.set_title(f"{name} of {len(points)} training tasks")
+    clusters = range(2, min(7, len(points)))
+    scores = [silhouette_score(points, AgglomerativeClustering(k).fit_predict(points)) for k in clusters]
+    axes[2].plot(clusters, scores, "o-", markerfacecolor="white")
+    if member.max() in clusters:
+        axes[2].plot(member.max(), scores[member.max() - 2], "oC0")
+    axes[2].set(xlabel="clusters", ylabel="silhouette", title="Ward's clusters")
+    figure.suptitle(f"{env}: colour member, shape true cluster, NMI {nmi(true, member):.2f}")
+    save(figure, path)
+
+
+def reaching(table: dict[str, np.ndarray], run: Path, path: Path) -> None:
+    """RMAML's Fig. 3: the way of the first agent of every strategy, where all of them end, and how far off they are."""
+    with blame(f"{run / 'eval.npz'} is damaged"):
+        with np.load(run / "eval.npz") as file:
+            points, cluster, theta = file["params"], file["cluster"], file["theta"]  # theta [strategy, repeat, 2]
+    strategies = [name.removeprefix("eval/distance_") for name in table if name.startswith("eval/distance_")]
+    figure, (plane, curve) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.5, 1))
+    plane.plot(*points[cluster == 0].T, ".", color="0.6", markersize=4, label="useful tasks")
+    plane.plot(*points[cluster > 0].T, ".", color="0.85", markersize=4, label="noise tasks")
+    for strategy, ends, colour in zip(strategies, theta, CLUSTER_COLOURS):
+        way = table[f"eval/x_{strategy}"], table[f"eval/y_{strategy}"]
+        plane.plot(*way, ".-", color=colour, linewidth=1.5, markersize=3, label=strategy)
+        plane.plot(*ends.T, "o", color=colour, markersize=4, alpha=0.25, markeredgewidth=0)
+        curve.plot(table["iteration"], table[f"eval/distance_{strategy}"], color=colour, label=strategy)
+    plane.plot(way[0][0], way[1][0], "k*", markersize=10, label="start")
+    plane.set(aspect="equal", xlabel="x", ylabel="y", title=f"ways of one agent; dots: the ends of {theta.shape[1]}")
+    curve.set(xlabel="meta-iteration", ylabel="distance to the useful centre", ylim=(0, None), title="mean over agents")
+    plane.legend(fontsize=7, loc="upper left")
+    curve.legend(fontsize=7)
+    save(figure, path)
+
+
+def learned_rates(env: str, rates: str, table: dict[str, np.ndarray], path: Path) -> None:
+    """RMAML: α of every layer, and how many tasks of the batch, and of the replayed ones, are of every true cluster."""
+    frames, batch = table["charts/frames"], [name for name in table if name.startswith("rmaml/batch_cluster_")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    layers = [name for name in table if name.startswith("policy/alpha_layer_")]
+    for k, name in enumerate(layers[:1] if rates == "scalar" else layers):
+        label = "all parameters" if rates == "scalar" else "log σ" if name == layers[-1] else f"layer {k + 1}"
+        left.plot(frames, table[name], label=label)
+    left.set(yscale="log", xlabel="environment frames", ylabel="α")
+    for m, name in enumerate(batch):
+        right.plot(frames, table[name], color=CLUSTER_COLOURS[m % 10], label=f"cluster {m}")
+        right.plot(frames, table[name.replace("batch", "replayed")], ":", color=CLUSTER_COLOURS[m % 10])
+    right.set(xlabel="environment frames", ylabel="tasks of the batch (dotted: replayed)", ylim=(0, None))
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+    figure.suptitle(env)
+    save(figure, path)
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -441,16 +515,24 @@ def draw(options: Options) -> None:
     if not options.runs:
         raise Unusable("no run folder given, see --help")
     settings = [read_args(run) for run in options.runs]
-    tables = [read_csv(run / "eval.csv") for run in options.runs]
     run, name, data = options.runs[0], settings[0]["env"], {}
+    out = options.out or run / "figures"
+    if "rmaml_reaching" in {args["script"] for args in settings}:  # the toy has no environment to look at
+        if len(settings) > 1:
+            raise Unusable("a run of rmaml_reaching.py is a figure of its own")
+        table = read_csv(run / "eval.csv", re.compile(r"eval/(distance|x|y)_\w+"))
+        out.mkdir(parents=True, exist_ok=True)
+        with plt.rc_context(STYLE):
+            return reaching(table, run, out / "reaching.png")
+    tables = [read_csv(run / "eval.csv") for run in options.runs]
     env = make_env(settings[0])
     if len(options.runs) == 1 and (run / "eval.npz").exists():
         data = read_arrays(run / "eval.npz", env)
-    out = options.out or run / "figures"
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         learning_curves(env, settings, tables, out)
-        if "goal" in name and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
+        goals = "goal" in name or isinstance(env, envs.modes.Modes)
+        if goals and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
             cluster_map(name, data, out / "cluster_map.png")
         if "cluster_belief" in data:
             cluster_belief(name, data, tables[0], out / "belief.png")
@@ -458,8 +540,13 @@ def draw(options: Options) -> None:
             task_belief(name, data, out / "belief.png")
         if "embedding" in data and len(data["embedding"]) > 2:
             embedding(name, data, out / "embedding.png")
+        if "train_products" in data and data["train_learner"].any():
+            herd(name, data, out / "herd.png")
         if "vel" in name and "returns" in data:
             return_by_velocity(name, data, out / "return_by_velocity.png")
+        if len(options.runs) == 1 and settings[0]["script"] == "rmaml" and (run / "metrics.csv").exists():
+            table = read_csv(run / "metrics.csv", re.compile(r"policy/alpha_layer_\d+"))
+            learned_rates(name, settings[0]["rates"], table, out / "learned_rates.png")
         if "reward_weights" in data:
             reward_weights(data, out / "reward_weights.png")
 

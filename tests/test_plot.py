@@ -400,3 +400,85 @@ def test_from_the_command_line(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == CURVES
     nothing = subprocess.run(command, capture_output=True, text=True)
     assert (nothing.returncode, nothing.stderr) == (1, "plot.py: error: no run folder given, see --help\n")
+
+
+# -- RMAML -------------------------------------------------------------------------------------------------------------
+
+STRATEGIES = "uniform", "easy", "medium", "hard"
+
+
+def make_toy(path: Path) -> Path:
+    """A run of rmaml_reaching.py with three evaluations and two agents of every strategy."""
+    columns = [f"eval/{what}_{s}" for s in STRATEGIES for what in ("return", "distance", "x", "y")]
+    path.mkdir(parents=True)
+    (path / "args.json").write_text(json.dumps(dict(script="rmaml_reaching", env="reaching-2d", horizon=1)))
+    (path / "eval.csv").write_text(table(columns, frames=(0, 20, 40)))
+    points, theta = np.random.default_rng(0).normal(size=(9, 2)), np.zeros((4, 2, 2))
+    np.savez_compressed(path / "eval.npz", params=points, cluster=np.arange(9) % 3, theta=theta)
+    return path
+
+
+def test_the_toy_of_rmaml_is_one_figure(tmp_path, drawn):
+    run = make_toy(tmp_path / "toy")
+    plot.main(plot.Options([run]))
+    assert set(drawn) == {"reaching.png"}
+    plane, curve = drawn["reaching.png"].axes
+    rows = plot.read_csv(run / "eval.csv", plot.re.compile(r"eval/x_\w+"))
+    for strategy in STRATEGIES:
+        (way,) = (line for line in plane.get_lines() if line.get_label() == strategy)
+        np.testing.assert_array_equal(way.get_xydata().T, [rows[f"eval/{a}_{strategy}"] for a in "xy"])
+        (far,) = (line for line in curve.get_lines() if line.get_label() == strategy)
+        np.testing.assert_array_equal(far.get_ydata(), rows[f"eval/distance_{strategy}"])
+    useful, noise = plane.get_lines()[:2]
+    assert len(useful.get_xdata()) == 3 and len(noise.get_xdata()) == 6
+    assert "a figure of its own" in error(run, make_run(tmp_path / "other"))
+    (run / "eval.npz").write_bytes(b"noise")
+    assert "eval.npz is damaged" in error(run)
+
+
+@pytest.mark.parametrize("rates, lines_", [("scalar", ["all parameters"]), ("layer", ["layer 1", "layer 2", "log σ"])])
+def test_learned_rates_are_drawn(tmp_path, drawn, rates, lines_):
+    data = arrays("cheetah-vel-noise", states=H) | dict(returns=np.zeros((2, 40, 4)), alpha=0.1)
+    run = make_run(tmp_path / "run", "rmaml", "cheetah-vel-noise", kind="step", ks=(0, 1), data=data, rates=rates)
+    assert plot.main(plot.Options([run])) is None and "learned_rates.png" not in drawn, "without metrics.csv"
+    columns = [f"policy/alpha_layer_{k}" for k in range(3)]
+    columns += [f"rmaml/{what}_cluster_{m}" for what in ("batch", "replayed") for m in range(2)]
+    (run / "metrics.csv").write_text(table(columns).replace(",-", ","))
+    plot.main(plot.Options([run]))
+    left, right = drawn["learned_rates.png"].axes
+    assert [line.get_label() for line in left.get_lines()] == lines_ and len(right.get_lines()) == 4
+
+
+# -- learners and herds ------------------------------------------------------------------------------------------------
+
+
+def test_tasks_have_the_colour_of_their_learner_once_there_are_several(tmp_path, drawn):
+    data = arrays("point-goal-4c", states=H)
+    for learner, kind in ((np.zeros(32, int), "true"), (3 - data["cluster"], "inferred")):
+        assert plot.shown_cluster(data | dict(learner=learner))[1] == kind
+        shown, _ = plot.shown_cluster(data | dict(learner=learner))
+        np.testing.assert_array_equal(shown, data["cluster"] if kind == "true" else learner)
+    collapsed = data | dict(learner=np.zeros(32, int), learner_returns=np.zeros((2, 32)))
+    assert plot.shown_cluster(collapsed)[1] == "inferred", "CML's first learner has all tasks"
+
+
+def test_the_herd_is_drawn_from_inner_products(tmp_path, drawn):
+    """Three bunches of training tasks: their silhouette is best at three, and the member's colour is theirs."""
+    rng, true = np.random.default_rng(0), np.repeat(np.arange(3), 10)
+    points = np.eye(3)[true] + 0.05 * rng.normal(size=(30, 3))
+    data = arrays("point-goal-4c", states=H) | dict(returns=np.zeros((2, 32, 4)), alpha=0.1, learner=np.ones(32, int))
+    data |= dict(train_products=points @ points.T, train_cluster=true, train_learner=1 + true)
+    run = make_run(tmp_path / "run", "hom", kind="step", ks=(0, 1), data=data)
+    plot.main(plot.Options([run]))
+    pca, tsne, silhouette = drawn["herd.png"].axes
+    scores, chosen = silhouette.get_lines()
+    assert scores.get_xdata()[scores.get_ydata().argmax()] == 3 == chosen.get_xdata()[0]
+    drawn_points = np.array([line.get_xydata()[0] for line in pca.get_lines()])
+    assert len(drawn_points) == len(tsne.get_lines()) == 30
+    centres = np.stack([drawn_points[true == c].mean(0) for c in range(3)])
+    assert np.linalg.norm(centres[:, None] - centres, axis=-1)[np.triu_indices(3, 1)].min() > 1, "a rotation, no more"
+    assert [line.get_color() for line in pca.get_lines()[::10]] == [plot.CLUSTER_COLOURS[c] for c in range(3)]
+    drawn.clear()
+    data["train_learner"][:] = 0  # still the probe's
+    plot.main(plot.Options([make_run(tmp_path / "probe", "hom", kind="step", ks=(0, 1), data=data)]))
+    assert "herd.png" not in drawn

@@ -1,0 +1,849 @@
+"""FCML: Flexible Clustered Meta-Learning (Haghgoo, Sano and Pal, Stanford University, project report, about 2019).
+
+No official code: the paper lists it as future work, and github.com/behzadhaghgoo/cml has CML only. CML that begins with
+one meta-parameter and adds one when a task is still learning after adaptation. With --max-learners 1 it is maml.py.
+
+Objective    max over θ_1 .. θ_m:  Σ_i max_j R_i(θ'_ij),  R_i the return in task i  (Sec. 3.1.1)
+MAML         L_i(θ) = -E_πθ[ return in task i ] ∝ -E_D[ A ln π_θ(a|s) ]                                       Eq. (1)
+             θ_0 = θ_j,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  θ'_ij = θ_n: n inner steps, D_k sampled by θ_k      Eq. (2)
+TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]  subject to  E_i E_Dn[ KL(π_old ‖ π_θ'i) ] ≤ δ   Eq. (3), (4)
+             J_i = ∂θ'_i/∂θ = Π_k (I - α ∇²L_i(θ_k; D_k)),  ∇S = E_i J_iᵀ ∇S(θ'_i)                            Eq. (5)
+             H = ∇²KL = E_i J_iᵀ F_i J_i,  F_i the Fisher matrix of π_θ'i on D_n                              Eq. (6)
+             θ <- θ - √(2δ / xᵀHx) x,  H x = ∇S by conjugate gradient, backtracked (Schulman et al., 2015)    Eq. (7)
+Assignment   c_i = argmax_j R_i(θ'_ij), mean returns of D_n;  (3)-(7) of θ_j are over its own tasks, c_i = j  Eq. (8)
+Score        C = 2 | E|I_true - I_pred| - ½ |, for two clusters and m = 2  (Sec. 5.2.1)                       Eq. (9)
+New cluster  g_i = (R_i(θ'') - R_i(θ')) / max(|R_i(θ')|, R_min) > ε,  θ'' = θ' - α ∇L_i(θ'; D_n), θ' of c_i  Eq. (10)
+Algorithm 2  l. 2      sample K tasks -> sample_tasks            l. 5-13   D, θ'_ij, D', argmax_k -> collect_all, under
+             l. 14-19  θ'', tuned till convergence -> gain, tune  l. 16-17  U_j, C_j (D18) -> trpo_step
+
+Symbols      θ_1 .. θ_m -> theta [slot, d]; R_i(θ'_ij) -> score [learner, task]; c_i -> learner; g_i -> g; the listing's
+             D and D', D_0 and D_n -> Batch; A -> advantage. Numbers of equations and lines are ours; Alg. 3 is MAML's.
+
+Deviations from the paper (P) or CML's official code (C); D1 to D14 are those of cml.py, with the reasons there
+  D1  GAE on a linear baseline, as C, not returns. D2 After the last step the value is 0. D3 The exact Hessian, damped.
+  D4  K episodes a task, nothing after a fall. D5 σ is floored always. D6 A larger ridge only where Cholesky fails.
+  D7  No other inner losses here. D8 Pad actions stay in π, as C. D9 At test α / 2 after as many steps as in training.
+  D10 Clusters are balanced. D11 One inner step, as C (P: 2). D12 KL ≤ δ, but for --kl-slack. D13 TRPO through the
+      adaptation, as C; no step without tasks. D14 train/ has the very rollouts that chose, as P and C; eval/ others.
+  D15 P's listing sets θ to the winner and keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, R before adaptation: if
+      R > 0, where any step helps. Its text: if the last step brings little; so here, g_i ≤ ε, relative to R(θ').
+  D16 P has no ε, R_min or limits; here one cluster an iteration, of the largest g_i, and other tasks above ε stay.
+  D17 "Till convergence" is here until five returns are on average not 1 % above the five before, or 50 steps.
+  D18 P's listing collects U and C and never applies them, and its argmax is over a loss; here CML's step, and returns.
+  D19 P's θ'' has a rate β and a sum over all tasks; here α and the one task.
+  D20 The largest of 40 noisy g_i is above ε by chance; here fresh rollouts of θ' and θ'' must confirm it.
+
+Tested       python algos/fcml.py --env point-goal-4c --tasks 20 --rollouts 10 --iterations 30 --warmup 5 --epsilon 0.05
+             (4.1 million frames, half a minute): -171, then -94 after one step; four learners, NMI 0.86.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from pydantic import TypeAdapter
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+
+# == Args ==============================================================================================================
+
+
+@dataclass
+class Args:
+    env: str = "ant-cheetah-dir"  # environment id (module:id imports the module first)
+    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    seed: int = 0  # seed of everything random
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
+    num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
+    iterations: int = 200  # number of meta-iterations (CML's code: 1001)
+    eval_every: int = 10  # meta-iterations between evaluations on the held-out tasks
+    save_every: int = 10  # meta-iterations between checkpoints
+    track: bool = False  # mirror the run to Weights & Biases
+    run_dir: str = "runs"  # folder in which the run gets its own folder
+    name: str | None = None  # name of that folder (if it exists, the run in it is continued; default: with the time)
+    resume: str | None = None  # run folder to continue (its args.json applies)
+    evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
+
+    max_learners: int = 4  # slots, the most meta-parameters (1: MAML)
+    epsilon: float = 0.2  # ε, relative improvement by a further gradient step above which a task founds a cluster
+    least_return: float = 10.0  # R_min, least return that improvements are relative to
+    warmup: int = 25  # first meta-iterations, in which no cluster is founded (D16)
+    tune_steps: int = 50  # most gradient steps of a new meta-parameter on the task that founds its cluster (D17)
+    tasks: int = 40  # number of tasks per meta-iteration
+    rollouts: int = 20  # K, episodes per task and inner step
+    horizon: int = 100  # H, steps per episode
+    inner_steps: int = 1  # n, gradient steps of the adaptation in training (paper: 2; D11)
+    alpha: float = 0.1  # α, inner step size
+    eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training, at least one)
+    mask_pad_actions: bool = False  # take the actions that a small robot does not use out of π (D8)
+
+    hidden: tuple[int, ...] = (64, 64)  # widths of the policy's hidden layers (Finn et al.: 100 100)
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of these layers (Finn et al.: relu)
+    action_scale: float = 10.0  # half the width of the policy's action box, which is mapped to [-1, 1]
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 1.0  # λ of generalised advantage estimation
+    delta: float = 0.01  # δ, trust region: largest mean KL between adapted policies
+    kl_slack: float = 0.0  # part of δ by which an accepted step may exceed it (D12)
+    cg_iterations: int = 10  # iterations of conjugate gradient
+    damping: float = 1e-5  # multiple of the identity added to H (D3)
+    backtracks: int = 15  # candidate steps, each 0.8 of the one before
+
+
+PAPER: dict[str, dict] = {}  # Args has the settings of CML's code, for all environments
+FAST: dict[str, dict] = {}  # these learn within an hour
+MAY_BE_0 = "seed num_threads warmup inner_steps eval_steps".split()
+
+
+def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
+    """What must hold; where it does not, the message is the error."""
+    least = max(2, len(env.cluster_cycle("train")))
+    pads = env.used_actions is not envs.TaskVectorEnv.used_actions
+    return {
+        f"--tasks must be at least {least}, for every cluster and a founder": args.tasks >= least,
+        "--warmup must be shorter than --iterations": args.warmup < args.iterations or args.max_learners == 1,
+        "--epsilon must be at least 0, --least-return positive": args.epsilon >= 0 < args.least_return,
+        "--mask-pad-actions is for environments of several robots": pads or not args.mask_pad_actions,
+        "--alpha, --action-scale and --delta must be positive": min(args.alpha, args.action_scale, args.delta) > 0,
+        "--damping and --kl-slack must be at least 0": min(args.damping, args.kl_slack) >= 0,
+        "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
+    }
+
+
+# == Networks ==========================================================================================================
+
+
+# Copied from algos/maml.py
+class GaussianPolicy:
+    """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        layers = pairwise((obs_dim, *args.hidden, action_dim))
+        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [a * b for a, b in self.shapes]
+        self.activation = getattr(torch, args.activation)
+
+    def init(self, rng: torch.Generator) -> Tensor:
+        """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
+        parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
+        for n, (a, b) in enumerate(self.shapes):
+            is_weight = n in range(0, len(parts) - 1, 2)
+            parts[n] *= math.sqrt(6 / (a + b)) if is_weight else 0.0
+        return torch.cat(parts)
+
+    def log_std(self, theta: Tensor) -> Tensor:
+        """log σ [..., action_dim] of parameters [..., d]."""
+        return theta[..., -self.sizes[-1] :].clamp(min=math.log(1e-6))  # D5
+
+    def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
+        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
+        *hidden, weight, bias, _ = parts
+        for w, b in zip(hidden[::2], hidden[1::2]):
+            obs = self.activation(torch.baddbmm(b, obs, w))
+        return torch.baddbmm(bias, obs, weight), self.log_std(theta)[:, None]
+
+
+# == Sampler ===========================================================================================================
+
+
+# Copied from algos/maml.py
+class Batch(NamedTuple):
+    """D_k: K rollouts of every task, in K H rows. After a fall the weight is 0."""
+
+    obs: Tensor  # [task, row, obs_dim]
+    action: Tensor  # [task, row, action_dim], the policy's, before scaling
+    mean: Tensor  # [task, row, action_dim], of the policy that sampled
+    log_std: Tensor  # [task, 1, action_dim], its log σ
+    used: Tensor  # [task, 1, action_dim], 0 for actions that are no part of π (D8)
+    reward: Tensor  # [task, rollout, step]
+    weight: Tensor  # [task, rollout, step], 1 / (steps taken in the task)
+    advantage: Tensor | None = None  # [task, rollout, step], what process adds
+
+    @property
+    def taken(self) -> Tensor:
+        """[task, rollout, step] bool, False after a fall."""
+        return self.weight > 0
+
+    def of(self, tasks: slice | np.ndarray) -> "Batch":
+        return Batch(*(x[tasks] for x in self))
+
+
+# Copied from algos/maml.py
+def random_seed(rng: torch.Generator) -> int:
+    return torch.randint(2**31, (), generator=rng).item()
+
+
+# Copied from algos/maml.py
+@torch.no_grad()
+def sample(
+    env: gym.vector.VectorEnv, tasks: envs.Tasks | None, policy: GaussianPolicy, theta: Tensor, rng: torch.Generator,
+    args: Args,
+) -> Batch:  # fmt: skip
+    """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
+    n, k, h = len(theta), args.rollouts, args.horizon
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's threads would fight with those of the physics
+    if tasks is None:
+        state, _ = env.reset()
+    else:
+        copies = tasks[np.repeat(np.arange(n), k)]
+        state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
+    action_dim = env.single_action_space.shape[0]
+    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(n, k, h, state.shape[1])
+    action, mean = theta.new_empty(2, n, k, h, action_dim)
+    reward, alive = theta.new_empty(2, n, k, h)
+    done = np.zeros(n * k, bool)
+    for t in range(h):
+        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+        mu, log_std = policy(theta, s)
+        a = torch.addcmul(mu, log_std.exp(), noise[t])
+        obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
+        control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
+        state, r, terminated, truncated, info = env.step(control.cpu().numpy())
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        done = terminated | truncated
+    torch.set_num_threads(threads)
+    used = torch.ones_like(log_std)
+    if args.mask_pad_actions:
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+    obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
+    return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
+
+
+# == Sample processing =================================================================================================
+
+
+# Copied from algos/maml.py
+def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
+    """R_t = r_t + γ R_{t+1}, [..., step]."""
+    returns = reward.clone()
+    for t in reversed(range(returns.shape[-1] - 1)):
+        returns[..., t] += gamma * returns[..., t + 1]
+    return returns
+
+
+# Copied from algos/maml.py
+def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+    """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
+    s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
+    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
+    features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
+    x = features * alive.flatten(1)[..., None]
+    for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
+        if not failed.any():  # D6
+            break
+    fit = torch.cholesky_solve(x.mT @ returns.flatten(1)[..., None].double(), factor)
+    return (x @ fit).view_as(returns).float()
+
+
+# Copied from algos/maml.py
+def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantages [..., step]; the value after the last step is 0 (D2)."""
+    delta = reward - value
+    delta[..., :-1] += gamma * value[..., 1:]
+    return discounted_returns(delta, gamma * lam)
+
+
+# Copied from algos/maml.py
+def process(batch: Batch, args: Args) -> Batch:
+    """The batch with the advantages A of Eq. (1) and (3), normalised in every task."""
+    baseline = linear_baseline(batch.obs, discounted_returns(batch.reward, args.gamma), batch.taken)
+    advantage = gae(batch.reward, baseline, args.gamma, args.gae_lambda)
+    centred = advantage - (batch.weight * advantage).sum((1, 2), keepdim=True)
+    std = (batch.weight * centred**2).sum((1, 2), keepdim=True).sqrt()
+    return batch._replace(advantage=centred / (std + 1e-8) * batch.taken)  # D1
+
+
+# == Inner adaptation ==================================================================================================
+
+
+# Copied from algos/maml.py
+def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """ln π(a|s) of the actions of a batch without the constants -ln √2π, 0 after a fall: [task, rollout, step]."""
+    deviation = (batch.action - mean) * (-log_std).exp()
+    return -((0.5 * deviation**2 + log_std) * batch.used).sum(-1).view_as(batch.reward) * batch.taken
+
+
+def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
+    """L_i(θ; D) of Eq. (1), [task] (D7); args is not read: what calls it is MAML's, whose losses need it."""
+    return -(batch.weight * log_prob(*policy(theta, batch.obs), batch) * batch.advantage).sum((1, 2))
+
+
+# Copied from algos/maml.py
+def adapt(policy: GaussianPolicy, theta: Tensor, batch: Batch, alpha: float | Tensor, args: Args) -> Tensor:
+    """θ_k+1 = θ_k - α ∇L_i(θ_k; D_k) of Eq. (2), [task, d]."""
+    theta = theta.detach().requires_grad_()
+    loss = inner_loss(policy, theta, batch, args).sum()
+    return theta.detach() - alpha * torch.autograd.grad(loss, theta)[0]
+
+
+# Copied from algos/maml.py
+def collect(
+    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, alphas: list[float | Tensor],
+    rng: torch.Generator, args: Args,
+) -> list[Batch]:  # fmt: skip
+    """D_0 .. D_n of every task: from θ_0 [task, d], and after a gradient step with each of the rates, Eq. (2)."""
+    data = [process(sample(env, tasks, policy, theta, rng, args), args)]
+    for alpha in alphas:
+        theta = adapt(policy, theta, data[-1], alpha, args)
+        data.append(process(sample(env, None, policy, theta, rng, args), args))
+    return data
+
+
+# == Outer TRPO step ===================================================================================================
+
+CHUNK = 4  # tasks at a time, whose activations stay in the cache
+
+
+# Copied from algos/maml.py
+def surrogate(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """E_D[-A π/π_old] of Eq. (3), [task]; π_old sampled the batch."""
+    ratio = (log_prob(mean, log_std, batch) - log_prob(batch.mean, batch.log_std, batch)).exp()
+    return -(batch.weight * ratio * batch.advantage).sum((1, 2))
+
+
+# Copied from algos/maml.py
+def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """E_D[KL(π_old ‖ π)] of Eq. (4), [task]; π_old sampled the batch."""
+    var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
+    kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
+    return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
+
+
+# Copied from algos/maml.py
+def inner_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Callable]:
+    """∇L_i(θ; D) [task, d], and the product v -> ∇²L_i(θ; D) v by differentiating it once more."""
+    theta = theta.detach().requires_grad_()
+    loss = inner_loss(policy, theta, batch, args).sum()
+    (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+
+    def hessian(v: Tensor) -> Tensor:
+        return torch.autograd.grad(gradient, theta, v.expand_as(theta), retain_graph=True)[0]
+
+    return gradient.detach(), hessian
+
+
+# Copied from algos/maml.py
+def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Callable]:
+    """S_i(θ') [task], its gradient [task, d], and the product u -> F_i u with the Fisher matrix of π_θ' on D_n.
+
+    F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
+    """
+    theta = theta.detach().requires_grad_()
+    output = policy(theta, batch.obs)
+    loss = surrogate(*output, batch)
+    (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
+    w = [torch.zeros_like(x, requires_grad=True) for x in output]
+    (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
+    of_mean = batch.weight.flatten(1)[..., None] * batch.used * (-2 * output[1].detach()).exp()
+    metric = of_mean, 2 * batch.used  # Λ
+
+    def fisher(u: Tensor) -> Tensor:
+        jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
+        return torch.autograd.grad(output, theta, [a * b for a, b in zip(metric, jvp)], retain_graph=True)[0]
+
+    return loss.detach(), gradient, fisher
+
+
+# Copied from algos/maml.py
+def linearise(
+    policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: float | Tensor, args: Args
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """S(θ), ∇S(θ) [d], and the product v -> (H + damping) v, Eq. (5) and (6), on the graphs kept from one pass (D3).
+
+    With a rate of each parameter J_i is a product of I - diag(α) ∇²L_i, which is not symmetric.
+    """
+    loss, gradient, graphs, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
+
+    def forward(v: Tensor, hessians: list[Callable]) -> Tensor:
+        """J_i v."""
+        for hessian in hessians:
+            v = v - alpha * hessian(v)
+        return v
+
+    def transposed(u: Tensor, hessians: list[Callable]) -> Tensor:
+        """J_iᵀ u."""
+        for hessian in reversed(hessians):
+            u = u - hessian(alpha * u)
+        return u
+
+    for first in range(0, tasks, CHUNK):
+        *inner, outer = (batch.of(slice(first, first + CHUNK)) for batch in data)
+        theta_k, hessians = theta.expand(len(outer.obs), -1), []
+        for batch in inner:
+            inner_grad, hessian = inner_gradient(policy, theta_k, batch, args)
+            theta_k = theta_k - alpha * inner_grad  # Eq. (2)
+            hessians.append(hessian)
+        s, outer_grad, fisher = outer_gradient(policy, theta_k, outer)
+        loss += s.sum()
+        gradient += transposed(outer_grad, hessians).sum(0)  # Eq. (5)
+        graphs.append((hessians, fisher))
+
+    def product(v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        for hessians, fisher in graphs:
+            total += transposed(fisher(forward(v, hessians)), hessians).sum(0)  # Eq. (6)
+        return total / tasks + args.damping * v
+
+    return loss / tasks, gradient / tasks, product
+
+
+# Copied from algos/maml.py
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """x with A x ≈ b for the positive definite A that product applies, and xᵀA x = xᵀ(b - residual)."""
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    rr = r @ r
+    for _ in range(iterations):
+        if rr < 1e-10:
+            break
+        ap = product(p)
+        step = rr / (p @ ap)
+        x, r = x + step * p, r - step * ap
+        rr, previous = r @ r, rr
+        p = r + rr / previous * p
+    return x, x @ (b - r)
+
+
+# Copied from algos/maml.py
+def meta_objective(
+    policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: float | Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """S(θ) of Eq. (3) and the KL of Eq. (4), adaptation included."""
+    *inner, outer = data
+    theta_k = theta.expand(len(outer.obs), -1)
+    for batch in inner:
+        theta_k = adapt(policy, theta_k, batch, alpha, args)
+    with torch.no_grad():
+        output = policy(theta_k, outer.obs)
+        return surrogate(*output, outer).mean(), mean_kl(*output, outer).mean()
+
+
+# Copied from algos/maml.py
+def trpo_step(
+    policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: float | Tensor, args: Args
+) -> tuple[Tensor, dict[str, float]]:
+    """Eq. (7): the largest candidate step from θ [d] that lowers S within the trust region, if any (Alg. 3, l. 10)."""
+    before, gradient, product = linearise(policy, theta, data, alpha, args)
+    x, curvature = conjugate_gradient(product, gradient, args.cg_iterations)
+    step = (2 * args.delta / (curvature + 1e-8)).sqrt() * x  # Eq. (7): the quadratic model of the KL hits δ
+    for ratio in (0.8**k for k in range(args.backtracks)):
+        candidate = theta - ratio * step
+        after, kl = meta_objective(policy, candidate, data, alpha, args)
+        accepted = after < before and kl <= args.delta * (1 + args.kl_slack)  # D12
+        if accepted:
+            break
+    if not accepted:
+        candidate, after, kl, ratio = theta, before, 0.0, 0.0
+    stats = dict(surrogate_before=before, surrogate_after=after, kl=kl, step_ratio=ratio, gradient_norm=gradient.norm())
+    return candidate, {f"trpo/{k}": float(v) for k, v in stats.items()}
+
+
+# == Clusters of tasks =================================================================================================
+
+
+def collect_all(
+    env_of: Callable, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, alphas: list[float | Tensor],
+    rng: torch.Generator, args: Args,
+) -> list[Batch]:  # fmt: skip
+    """D_0 .. D_n of every task under every θ_j, in one call: [learner x task], first those of θ_1 (Alg. 2, l. 5-11)."""
+    copies = tasks[np.tile(np.arange(len(tasks)), len(theta))]
+    return collect(env_of(len(copies)), copies, policy, theta.repeat_interleave(len(tasks), 0), alphas, rng, args)
+
+
+def full(theta: Tensor) -> Tensor:
+    """Of θ [slot, d] the slots in use [learner, d], which come first."""
+    return theta[theta.any(1)]
+
+
+# Copied from algos/cml.py
+def mean_returns(batch: Batch, learners: int) -> np.ndarray:
+    """R_i(θ'_ij) of Eq. (8), [learner, task], from D_n of all."""
+    return batch.reward.double().sum(-1).mean(1).view(learners, -1).cpu().numpy()
+
+
+# Copied from algos/cml.py
+def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
+    """Of D_0 .. D_n of all learners those of the learner of each task, [task]."""
+    rows = learner * len(learner) + np.arange(len(learner))
+    return [batch.of(rows) for batch in data]
+
+
+# Copied from algos/cml.py
+def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) -> dict[str, float]:
+    """How Eq. (8) shares out tasks by scores [learner, task], of at most so many learners; also by true cluster."""
+    guess, present, ranked = score.argmax(0), np.unique(true), np.sort(score, 0)
+    table = np.array([[((guess == j) & (true == c)).sum() for c in present] for j in range(learners)])
+    second = ranked[-2] if len(ranked) > 1 else ranked[-1]
+    metrics = returns_by_cluster(f"{name}/margin", ranked[-1] - second, true)
+    metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
+    if len(present) > 1:
+        metrics |= {f"{name}/tasks_{j}_cluster_{present[c]}": int(n) for (j, c), n in np.ndenumerate(table)}
+        metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
+        metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
+        metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
+    if learners == len(present) == 2:
+        metrics[f"{name}/C"] = float(2 * abs(np.abs(true - guess).mean() - 0.5))  # Eq. (9)
+    return metrics
+
+
+def gain(after: np.ndarray | float, before: np.ndarray | float, args: Args) -> np.ndarray | float:
+    """The relative improvement g_i of Eq. (10)."""
+    return (after - before) / np.maximum(np.abs(before), args.least_return)
+
+
+def tune(
+    env_of: Callable, task: envs.Tasks, policy: GaussianPolicy, pair: Tensor, rng: torch.Generator, args: Args
+) -> tuple[Tensor, float, list[float], int]:
+    """Of θ', θ'' [2, d] the latter [d], tuned till convergence (Alg. 2, l. 19); g_i again; its returns; the frames."""
+    (both,) = collect(env_of(2), task[[0, 0]], policy, pair, [], rng, args)
+    before, after = mean_returns(both, 1)[0].tolist()
+    theta, batch, returns, frames = pair[1:], both.of([1]), [after], int(both.taken.sum())
+    g = gain(after, before, args)
+    while g > args.epsilon and len(returns) <= args.tune_steps:  # D20
+        theta = adapt(policy, theta, batch, args.alpha, args)
+        (batch,) = collect(env_of(1), task, policy, theta, [], rng, args)
+        returns.append(mean_returns(batch, 1).item())
+        frames += int(batch.taken.sum())
+        earlier, later = sum(returns[-10:-5]) / 5, sum(returns[-5:]) / 5
+        if len(returns) >= 10 and gain(later, earlier, args) < 0.01:  # D17
+            break
+    return theta[0], g, returns, frames
+
+
+# == Evaluation ========================================================================================================
+
+
+# Copied from algos/milet.py
+def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """The mean of the returns [task] and, if there are several, of every true cluster."""
+    present = np.unique(clusters)
+    by_cluster = {f"{name}_cluster_{m}": float(returns[clusters == m].mean()) for m in present}
+    return {name: float(returns.mean())} | (by_cluster if len(present) > 1 else {})
+
+
+# Copied from algos/maml.py
+def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
+    """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
+    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
+    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
+    return {key: value for metrics in named for key, value in metrics.items()}
+
+
+def evaluate(env_of: Callable, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, args: Args) -> tuple:
+    """Every held-out task before and after each gradient step, from the θ_j that did best on other rollouts (D14)."""
+    theta = full(theta)
+    as_trained = max(1, args.inner_steps)
+    alphas = [args.alpha if k < as_trained else args.alpha / 2 for k in range(args.eval_steps or as_trained)]  # D9
+    rngs = [torch.Generator().manual_seed(seed + args.seed) for seed in (2 * 10**6, 10**6)]
+    choosing, fresh = (collect_all(env_of, tasks, policy, theta, alphas, rng, args) for rng in rngs)
+    score = mean_returns(choosing[-1], len(theta))
+    learner = score.argmax(0)  # Eq. (8)
+    data = under(learner, fresh)
+    arrays = dict(
+        params=tasks.params, cluster=tasks.cluster, alpha=args.alpha, learner=learner,
+        learner_returns=mean_returns(fresh[-1], len(theta)),  # [learner, task], of all
+        returns=np.stack([batch.reward.double().sum(-1).cpu().numpy() for batch in data]),  # [step, task, rollout]
+        # two state variables [gradient step, H, task, 2]; the first H rows of a task are its first rollout
+        trace=np.stack([batch.obs[:, : args.horizon, :2].transpose(0, 1).cpu().numpy() for batch in data]),
+    )  # fmt: skip
+    metrics = returns_by_step("eval/return_step", data, tasks.cluster) | {"eval/choosing_return": score.max(0).mean()}
+    return metrics | clustering("eval", score, tasks.cluster, args.max_learners) | {"eval/learners": len(theta)}, arrays
+
+
+# == Training ==========================================================================================================
+
+
+def train(args: Args, run: "Run") -> None:
+    """Algorithm 2."""
+    env_of = cache(lambda tasks: run.make_env(tasks * args.rollouts))
+    env = env_of(args.tasks)
+    test_tasks = env.unwrapped.task_set("test")
+
+    # Alg. 2, input: θ_1, and slots for more, which are zeros while they are empty
+    policy = GaussianPolicy(env.single_observation_space.shape[0], env.single_action_space.shape[0], args)
+    theta = nn.Parameter(torch.zeros(args.max_learners, sum(policy.sizes)).to(args.device), requires_grad=False)
+    theta[0] = policy.init(run.rng)  # [slot, d], changed in place
+    agent = nn.ParameterDict(dict(theta=theta))
+
+    score = partial(evaluate, env_of, test_tasks, policy, theta, args)
+    for iteration in run.loop(args.iterations, dict(agent=agent), score):
+        # l. 2: fresh tasks (D10)
+        tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))
+        m = len(full(theta))
+
+        # l. 5-11: every learner samples D in every task, adapts, and samples D'
+        with run.timer("sample"):
+            data = collect_all(env_of, tasks, policy, theta[:m], [args.alpha] * args.inner_steps, run.rng, args)
+        run.frames += sum(int(batch.taken.sum()) for batch in data)
+
+        # l. 12-13: the learner of each task, and its D and D'
+        scores = mean_returns(data[-1], m)
+        learner = scores.argmax(0)  # Eq. (8)
+        data = under(learner, data)
+
+        # l. 14-15: θ'', does the further step still help?
+        g, confirmed, returns, cluster = np.zeros(args.tasks), 0.0, [], -1
+        if iteration > args.warmup and m < args.max_learners:  # D16
+            with run.timer("sample"):
+                thetas = [theta[learner]]  # θ_0 .. θ_n = θ', θ''
+                for batch in data:
+                    thetas.append(adapt(policy, thetas[-1], batch, args.alpha, args))  # D19
+                last = sample(env, tasks, policy, thetas[-1], run.rng, args)
+            run.frames += int(last.taken.sum())
+            g = gain(mean_returns(last, 1)[0], mean_returns(data[-1], 1)[0], args)  # Eq. (10), D15
+
+        # l. 18-19: the task that it helps most founds a cluster, if fresh rollouts confirm that it helps (D20)
+        i = int(g.argmax())
+        if g[i] > args.epsilon:
+            with run.timer("sample"):
+                pair = torch.stack(thetas[-2:])[:, i]  # θ', θ''
+                tuned, confirmed, returns, frames = tune(env_of, tasks[[i]], policy, pair, run.rng, args)
+            run.frames += frames
+        founded = confirmed > args.epsilon
+        if founded:
+            theta[m], learner[i], cluster = tuned, -1, int(tasks.cluster[i])  # no longer a task of θ_j
+
+        # l. 16-17: every learner takes a step on its own tasks, if it has any (D13, D18)
+        stats = []
+        for j in np.unique(learner[learner >= 0]):
+            mine = [batch.of(learner == j) for batch in data]
+            theta[j], stat = trpo_step(policy, theta[j], mine, args.alpha, args)
+            stats.append(stat)
+
+        metrics = returns_by_step("train/return_step", data, tasks.cluster)
+        metrics |= {key: sum(stat[key] for stat in stats) / len(stats) for key in stats[0]}
+        metrics |= clustering("fcml", scores, tasks.cluster, args.max_learners) | {"fcml/skipped": m - len(stats)}
+        metrics |= returns_by_cluster("fcml/gain", g, tasks.cluster) | {"fcml/learners": m + int(founded)}
+        metrics |= returns_by_cluster("fcml/candidates", g > args.epsilon, tasks.cluster) | {"fcml/tuned": len(returns)}
+        metrics |= {"fcml/gain_max": g[i], "fcml/gain_confirmed": confirmed, "fcml/founder_cluster": cluster}
+        std, adapted = policy.log_std(theta[:m]).exp(), data[-1].log_std.exp()
+        metrics |= {"policy/std": std.mean().item(), "policy/std_min": std.min().item()}
+        metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}
+        run.log(metrics)
+
+
+# == The same in every script ==========================================================================================
+# The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
+SCRIPT = Path(__file__).stem
+ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+
+
+def fail(message: object, when: object = True) -> None:
+    """End the program with one line on the standard error, and code 1."""
+    if when:
+        raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever exception the block raises becomes one line, which begins with what is to blame."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {error}")
+
+
+class Run:
+    """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
+
+    def __init__(self, args: Args):
+        name = args.name or f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
+        self.args, self.owner, self.bar, self.spoke = args, f"{SCRIPT}.py on {args.env}", None, time.time()
+        self.iteration, self.frames, self.stopped = 0, 0, 0  # frames: environment steps, which the algorithm counts
+        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
+        torch.manual_seed(args.seed)
+        self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
+        torch.set_num_threads(min(args.num_threads or torch.get_num_threads(), os.cpu_count()))
+        self.make_env = partial(gym.make_vec, args.env, num_threads=torch.get_num_threads(), horizon=args.horizon)
+
+    def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
+        """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
+        figures = f"figures: python results/plot.py {self.path}"
+        self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
+        if self.args.evaluate:
+            self.load("agent.pt", {"agent": state["agent"]})
+            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+        if self.args.resume:
+            self.load("checkpoint.pt", state)
+        self.open(iterations)
+        if self.iteration == 0:
+            self.save()
+            self.evaluation()
+        while self.iteration < iterations:
+            self.iteration += 1
+            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+            yield self.iteration
+            self.bar.update()
+            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
+                self.evaluation()
+            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                self.save()
+                if self.stopped:
+                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    raise SystemExit(128 + self.stopped)
+        tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to this iteration's column time/name."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] += time.perf_counter() - began
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A row of metrics.csv, with times; and what the progress bar shows."""
+        for name, value in [*metrics.items(), *self.state["agent"].named_parameters()]:
+            if not torch.as_tensor(value).isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+        speed = (self.frames - self.frames_before) / (seconds := time.perf_counter() - self.began)
+        times = self.seconds | {"time/update": seconds - self.seconds.get("time/sample", 0), "charts/sps": speed}
+        self.write("metrics", metrics | times)
+        returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
+        self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
+        if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
+            self.spoke = time.time()
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+
+    def evaluation(self) -> dict[str, float]:
+        metrics, arrays = self.evaluate()
+        np.savez_compressed(self.path / "eval.npz", **arrays)
+        if not self.args.evaluate:
+            self.write("eval", metrics)
+            pooled = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if "_cluster_" not in k]
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {' · '.join(pooled)}")
+        return metrics
+
+    def write(self, name: str, metrics: dict[str, float]) -> None:
+        """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
+        row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
+        fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
+        with (self.path / f"{name}.csv").open("a") as file:
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
+            file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+        for key, value in metrics.items():
+            self.tensorboard.add_scalar(key, value, self.frames)
+
+    def open(self, iterations: int) -> None:
+        """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume or self.args.name))
+        stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
+        (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
+        os.replace(self.path / "saving.json", self.path / "args.json")
+        for name in ("metrics.csv", "eval.csv"):
+            with (self.path / name).open("a") as file:
+                file.truncate(min(file.tell(), self.sizes.get(name, 0)))
+        if self.args.track:
+            whose = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
+            with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
+                import wandb
+                wandb.init(**whose, project="clean-meta-rl", resume="allow", sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
+        self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
+
+    def save(self) -> None:
+        """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
+        parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
+        for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
+            content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
+            torch.save(content, self.path / "saving.pt")
+            os.replace(self.path / "saving.pt", self.path / name)
+
+    def load(self, name: str, parts: dict) -> None:
+        """Into the parts, which are on their device already; weights_only: a checkpoint runs no code."""
+        with blame(f"{self.path / name} is missing, damaged, or of other arguments"):
+            saved = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
+            fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            self.iteration, self.frames = int(saved["iteration"]), int(saved["frames"])
+            if self.args.resume:
+                self.columns, self.sizes, rng, torch_rng = saved["run"]
+                self.rng.set_state(rng.clone())
+                torch.set_rng_state(torch_rng.clone())
+
+    def on_signal(self, signum: int, _) -> None:
+        """The first signal in training lets the iteration finish and be saved; any other ends the program at once."""
+        if self.stopped or self.bar is None:
+            raise SystemExit(128 + signum)
+        self.stopped = signum
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
+    fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
+    preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
+    fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
+    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    rows = Path(given.run_dir, given.name or "", "eval.csv")
+    begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
+    if folder := str(rows.parent) if begun else folder:
+        with blame(f"{folder} is not a run folder, or its args.json is damaged"):
+            stored = json.loads((Path(folder) / "args.json").read_text())
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
+            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
+    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
+    args = replace(args, resume=folder) if begun else args
+    fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
+    for name, value in asdict(args).items():
+        flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(stored, name))
+        for n in value if isinstance(value, tuple) else (value,):
+            fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
+            fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
+    *module, env_id = args.env.split(":")
+    with blame(f"--env {args.env}"):
+        [*map(importlib.import_module, module)]
+        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
+    for message, holds in check(args, env).items():
+        fail(message, when=not holds)
+    fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
+    return args
+
+
+if __name__ == "__main__":  # faults of the user or of the machine become one line; those of the program, a traceback
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        run = Run(args := parse_args(sys.argv[1:]))
+        [signal.signal(signum, run.on_signal) for signum in (signal.SIGINT, signal.SIGTERM)]
+        train(args, run)
+    except FloatingPointError as error:
+        fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|iostream", str(error)):
+            raise
+        fail(str(error) or type(error).__name__)

@@ -1,0 +1,848 @@
+"""HoM, a Herd of MAMLs: Taming the Herd (Müller, Parker-Holder and Pacchiano, LifelongML workshop at ICML 2020).
+
+No official code. A probe, which is a MAML on all tasks, acts in every training task; what it meets there is embedded,
+the embeddings are clustered, and each cluster gets a MAML of its own. A new task finds its member through the probe.
+
+MAML         L_i(θ) = -E_D[ A ln π_θ(a|s) ];  θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  θ'_i = θ_n      Eq. (1), (2)
+             S(θ) = E_i E_Dn[ -A π_θ'i / π_old ] by a TRPO step through ∂θ'_i/∂θ, as maml.py       Eq. (3), (4), (5)-(7)
+Embedding    φ = E[ r v vᵀ ],  v = ∇ ln π(ã|s),  ã ~ π(·|s): a reward-weighted Fisher matrix                  Eq. (8)
+             φ = E[ r v vᵀ ],  v = [s, s'];  or  φ = E[ r v ],  v = ∇ ln π(a|s)                         Eq. (9), (10)
+             ⟨φ_i, φ_j⟩ = E_t E_u[ r_t r_u (v_t·v_u)² ] for (8), (9): without matrices of size d²            Eq. (11)
+Assignment   argmin over k of ‖φ - c_k‖,  c_k the mean embedding of the training tasks in cluster k           Eq. (12)
+Algorithm 1  l. 1  train the probe -> train              l. 2  embed the training tasks -> observe, transitions
+             l. 3  cluster -> inner_products, ward       l. 4  train every member on its cluster -> train
+Algorithm 2  l. 1  embed a test task -> observe          l. 2  nearest centroid -> assign     l. 3  adapt -> evaluate
+
+Symbols      θ -> theta [learner, d], log σ included, of the probe (0) and the members (1 ..); member [N], who learns
+             each training task; v = vec(x gᵀ) -> pairs (x, g) [task, row, ·]; E is over steps, then trajectories; D_k
+             -> Batch; clusters is P's K. K here, J, F, A, α, δ, Alg. 3 are maml.py's; numbers of equations are ours.
+
+Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6, D8, D9, D12 are maml.py's
+  D1  G's baseline never learns, and it divides advantages by their variance; here GAE on a linear baseline, normalised
+      in each task. D2 After the last step the value is 0. D3 J_iᵀ F_i J_i is exact, as G's. D4 G fills K H steps a
+      task; here K episodes, nothing after a fall, nor the step in which a simulation diverges. D5 σ ≥ 1e-6. D6 A larger
+      ridge if Cholesky fails. D8 --mask-pad-actions, D12 --kl-slack: off. D9 α / 2 at test after n steps.
+  D10 P is silent on meta-batches; here the members share one, in equal parts, drawn from the N training tasks.
+  D11 P is silent on linkage, K, N, the probe's training, how members start; here Ward's, 2, 200, 10 iterations, anew.
+  D13 P embeds training tasks by one trajectory, or by ten; here by 2, as test tasks, which have K in all, as P's.
+  D14 P divides r by max r, which is undefined at 0 and turns signs below it; here by max |r|, over the task.
+  D15 P prints (10) with ∇π = π ∇ ln π; here ∇ ln π, as in (8). P does not say which part of (8) it takes; here the
+      diagonal, the block of the last layer, or all. D16 In (9) E leaves out the step H, whose s' is not stored.
+
+Tested       python algos/hom.py --env ml2   (1.6 million frames, 3 minutes on one core): 54, then 104 after one step.
+"""
+
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from pydantic import TypeAdapter
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+
+# == Args ==============================================================================================================
+
+
+@dataclass
+class Args:
+    env: str = "cheetah-dir"  # environment id (module:id imports the module first)
+    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    seed: int = 0  # seed of everything random
+    device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
+    num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
+    iterations: int = 200  # number of meta-iterations, those of the probe included
+    eval_every: int = 10  # meta-iterations between evaluations on the held-out tasks
+    save_every: int = 10  # meta-iterations between checkpoints
+    track: bool = False  # mirror the run to Weights & Biases
+    run_dir: str = "runs"  # folder in which the run gets its own folder
+    name: str | None = None  # name of that folder (if it exists, the run in it is continued; default: with the time)
+    resume: str | None = None  # run folder to continue (its args.json applies)
+    evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
+
+    clusters: int = 2  # number of clusters and of members, the paper's K
+    embedding: Literal["diagonal", "last-layer", "full", "state-next-state", "gradient"] = "diagonal"  # φ, Eq. (8)-(10)
+    probe_iterations: int = 10  # meta-iterations in which the probe learns (0: it stays as it was initialised)
+    train_tasks: int = 200  # N, number of training tasks, the first of the environment's training set
+    embed_rollouts: int = 2  # episodes of the probe in a task, at test a part of the --rollouts (D13)
+    warm_start: bool = False  # members start as the probe, instead of at random
+    tasks: int = 40  # number of tasks per meta-iteration, of all members together (D10)
+    rollouts: int = 20  # K, episodes per task and inner step
+    horizon: int = 100  # H, steps per episode
+    inner_steps: int = 1  # n, gradient steps of the adaptation in training
+    alpha: float = 0.1  # α, inner step size
+    eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
+    mask_pad_actions: bool = False  # take the actions that a small robot does not use out of π (D8)
+
+    hidden: tuple[int, ...] = (64, 64)  # widths of the policy's hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of these layers
+    action_scale: float = 10.0  # half the width of the policy's action box, which is mapped to [-1, 1]
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 1.0  # λ of generalised advantage estimation
+    delta: float = 0.01  # δ, trust region: largest mean KL between adapted policies
+    kl_slack: float = 0.0  # part of δ by which an accepted step may exceed it (D12)
+    cg_iterations: int = 10  # iterations of conjugate gradient
+    damping: float = 1e-5  # multiple of the identity added to H (D3)
+    backtracks: int = 15  # candidate steps, each 0.8 of the one before
+
+
+PAPER = {"ml2": dict(tasks=20, rollouts=10, iterations=40)}  # the paper's Table 3; else ProMP's maml_run_mujoco
+FAST: dict[str, dict] = {}  # these learn within an hour
+MAY_BE_0 = ("seed", "num_threads", "probe_iterations", "eval_steps")
+
+
+def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
+    """What must hold; where it does not, the message is the error."""
+    one_robot = env.used_actions is envs.TaskVectorEnv.used_actions
+    return {
+        "--probe-iterations must be below --iterations": args.probe_iterations < args.iterations,
+        "--tasks must be at least --clusters": args.tasks >= args.clusters,
+        "--train-tasks must be from 3 to 500, and above --clusters": max(2, args.clusters) < args.train_tasks <= 500,
+        "--embed-rollouts must be below --rollouts": args.embed_rollouts < args.rollouts,
+        "--mask-pad-actions is for environments of several robots": not (one_robot and args.mask_pad_actions),
+        "--alpha, --action-scale and --delta must be positive": min(args.alpha, args.action_scale, args.delta) > 0,
+        "--damping and --kl-slack must be at least 0": min(args.damping, args.kl_slack) >= 0,
+        "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
+    }
+
+
+# == Networks ==========================================================================================================
+
+
+# Copied from algos/maml.py
+class GaussianPolicy:
+    """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        layers = pairwise((obs_dim, *args.hidden, action_dim))
+        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [a * b for a, b in self.shapes]
+        self.activation = getattr(torch, args.activation)
+
+    def init(self, rng: torch.Generator) -> Tensor:
+        """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
+        parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
+        for n, (a, b) in enumerate(self.shapes):
+            is_weight = n in range(0, len(parts) - 1, 2)
+            parts[n] *= math.sqrt(6 / (a + b)) if is_weight else 0.0
+        return torch.cat(parts)
+
+    def log_std(self, theta: Tensor) -> Tensor:
+        """log σ [..., action_dim] of parameters [..., d]."""
+        return theta[..., -self.sizes[-1] :].clamp(min=math.log(1e-6))  # D5
+
+    def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
+        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
+        *hidden, weight, bias, _ = parts
+        for w, b in zip(hidden[::2], hidden[1::2]):
+            obs = self.activation(torch.baddbmm(b, obs, w))
+        return torch.baddbmm(bias, obs, weight), self.log_std(theta)[:, None]
+
+
+# == Sampler ===========================================================================================================
+
+
+# Copied from algos/maml.py
+class Batch(NamedTuple):
+    """D_k: K rollouts of every task, in K H rows. After a fall the weight is 0."""
+
+    obs: Tensor  # [task, row, obs_dim]
+    action: Tensor  # [task, row, action_dim], the policy's, before scaling
+    mean: Tensor  # [task, row, action_dim], of the policy that sampled
+    log_std: Tensor  # [task, 1, action_dim], its log σ
+    used: Tensor  # [task, 1, action_dim], 0 for actions that are no part of π (D8)
+    reward: Tensor  # [task, rollout, step]
+    weight: Tensor  # [task, rollout, step], 1 / (steps taken in the task)
+    advantage: Tensor | None = None  # [task, rollout, step], what process adds
+
+    @property
+    def taken(self) -> Tensor:
+        """[task, rollout, step] bool, False after a fall."""
+        return self.weight > 0
+
+    def of(self, tasks: slice | np.ndarray) -> "Batch":
+        return Batch(*(x[tasks] for x in self))
+
+
+# Copied from algos/maml.py
+def random_seed(rng: torch.Generator) -> int:
+    return torch.randint(2**31, (), generator=rng).item()
+
+
+# Copied from algos/maml.py
+@torch.no_grad()
+def sample(
+    env: gym.vector.VectorEnv, tasks: envs.Tasks | None, policy: GaussianPolicy, theta: Tensor, rng: torch.Generator,
+    args: Args,
+) -> Batch:  # fmt: skip
+    """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
+    n, k, h = len(theta), args.rollouts, args.horizon
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's threads would fight with those of the physics
+    if tasks is None:
+        state, _ = env.reset()
+    else:
+        copies = tasks[np.repeat(np.arange(n), k)]
+        state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
+    action_dim = env.single_action_space.shape[0]
+    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(n, k, h, state.shape[1])
+    action, mean = theta.new_empty(2, n, k, h, action_dim)
+    reward, alive = theta.new_empty(2, n, k, h)
+    done = np.zeros(n * k, bool)
+    for t in range(h):
+        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+        mu, log_std = policy(theta, s)
+        a = torch.addcmul(mu, log_std.exp(), noise[t])
+        obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
+        control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
+        state, r, terminated, truncated, info = env.step(control.cpu().numpy())
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        done = terminated | truncated
+    torch.set_num_threads(threads)
+    used = torch.ones_like(log_std)
+    if args.mask_pad_actions:
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+    obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
+    return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
+
+
+# == Sample processing =================================================================================================
+
+
+# Copied from algos/maml.py
+def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
+    """R_t = r_t + γ R_{t+1}, [..., step]."""
+    returns = reward.clone()
+    for t in reversed(range(returns.shape[-1] - 1)):
+        returns[..., t] += gamma * returns[..., t + 1]
+    return returns
+
+
+# Copied from algos/maml.py
+def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+    """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
+    s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
+    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
+    features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
+    x = features * alive.flatten(1)[..., None]
+    for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
+        if not failed.any():  # D6
+            break
+    fit = torch.cholesky_solve(x.mT @ returns.flatten(1)[..., None].double(), factor)
+    return (x @ fit).view_as(returns).float()
+
+
+# Copied from algos/maml.py
+def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantages [..., step]; the value after the last step is 0 (D2)."""
+    delta = reward - value
+    delta[..., :-1] += gamma * value[..., 1:]
+    return discounted_returns(delta, gamma * lam)
+
+
+# Copied from algos/maml.py
+def process(batch: Batch, args: Args) -> Batch:
+    """The batch with the advantages A of Eq. (1) and (3), normalised in every task."""
+    baseline = linear_baseline(batch.obs, discounted_returns(batch.reward, args.gamma), batch.taken)
+    advantage = gae(batch.reward, baseline, args.gamma, args.gae_lambda)
+    centred = advantage - (batch.weight * advantage).sum((1, 2), keepdim=True)
+    std = (batch.weight * centred**2).sum((1, 2), keepdim=True).sqrt()
+    return batch._replace(advantage=centred / (std + 1e-8) * batch.taken)  # D1
+
+
+# == Inner adaptation ==================================================================================================
+
+
+# Copied from algos/maml.py
+def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """ln π(a|s) of the actions of a batch without the constants -ln √2π, 0 after a fall: [task, rollout, step]."""
+    deviation = (batch.action - mean) * (-log_std).exp()
+    return -((0.5 * deviation**2 + log_std) * batch.used).sum(-1).view_as(batch.reward) * batch.taken
+
+
+def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
+    """L_i(θ; D) of Eq. (1), [task]; args is not read: what calls it is MAML's, which has other losses too."""
+    return -(batch.weight * log_prob(*policy(theta, batch.obs), batch) * batch.advantage).sum((1, 2))
+
+
+# Copied from algos/maml.py
+def adapt(policy: GaussianPolicy, theta: Tensor, batch: Batch, alpha: float | Tensor, args: Args) -> Tensor:
+    """θ_k+1 = θ_k - α ∇L_i(θ_k; D_k) of Eq. (2), [task, d]."""
+    theta = theta.detach().requires_grad_()
+    loss = inner_loss(policy, theta, batch, args).sum()
+    return theta.detach() - alpha * torch.autograd.grad(loss, theta)[0]
+
+
+# Copied from algos/maml.py
+def collect(
+    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, alphas: list[float | Tensor],
+    rng: torch.Generator, args: Args,
+) -> list[Batch]:  # fmt: skip
+    """D_0 .. D_n of every task: from θ_0 [task, d], and after a gradient step with each of the rates, Eq. (2)."""
+    data = [process(sample(env, tasks, policy, theta, rng, args), args)]
+    for alpha in alphas:
+        theta = adapt(policy, theta, data[-1], alpha, args)
+        data.append(process(sample(env, None, policy, theta, rng, args), args))
+    return data
+
+
+# == Outer TRPO step ===================================================================================================
+
+CHUNK = 4  # tasks at a time, whose activations stay in the cache
+
+
+# Copied from algos/maml.py
+def surrogate(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """E_D[-A π/π_old] of Eq. (3), [task]; π_old sampled the batch."""
+    ratio = (log_prob(mean, log_std, batch) - log_prob(batch.mean, batch.log_std, batch)).exp()
+    return -(batch.weight * ratio * batch.advantage).sum((1, 2))
+
+
+# Copied from algos/maml.py
+def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
+    """E_D[KL(π_old ‖ π)] of Eq. (4), [task]; π_old sampled the batch."""
+    var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
+    kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
+    return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
+
+
+# Copied from algos/maml.py
+def inner_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> tuple[Tensor, Callable]:
+    """∇L_i(θ; D) [task, d], and the product v -> ∇²L_i(θ; D) v by differentiating it once more."""
+    theta = theta.detach().requires_grad_()
+    loss = inner_loss(policy, theta, batch, args).sum()
+    (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+
+    def hessian(v: Tensor) -> Tensor:
+        return torch.autograd.grad(gradient, theta, v.expand_as(theta), retain_graph=True)[0]
+
+    return gradient.detach(), hessian
+
+
+# Copied from algos/maml.py
+def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Callable]:
+    """S_i(θ') [task], its gradient [task, d], and the product u -> F_i u with the Fisher matrix of π_θ' on D_n.
+
+    F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
+    """
+    theta = theta.detach().requires_grad_()
+    output = policy(theta, batch.obs)
+    loss = surrogate(*output, batch)
+    (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
+    w = [torch.zeros_like(x, requires_grad=True) for x in output]
+    (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
+    of_mean = batch.weight.flatten(1)[..., None] * batch.used * (-2 * output[1].detach()).exp()
+    metric = of_mean, 2 * batch.used  # Λ
+
+    def fisher(u: Tensor) -> Tensor:
+        jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
+        return torch.autograd.grad(output, theta, [a * b for a, b in zip(metric, jvp)], retain_graph=True)[0]
+
+    return loss.detach(), gradient, fisher
+
+
+# Copied from algos/maml.py
+def linearise(
+    policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: float | Tensor, args: Args
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """S(θ), ∇S(θ) [d], and the product v -> (H + damping) v, Eq. (5) and (6), on the graphs kept from one pass (D3).
+
+    With a rate of each parameter J_i is a product of I - diag(α) ∇²L_i, which is not symmetric.
+    """
+    loss, gradient, graphs, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
+
+    def forward(v: Tensor, hessians: list[Callable]) -> Tensor:
+        """J_i v."""
+        for hessian in hessians:
+            v = v - alpha * hessian(v)
+        return v
+
+    def transposed(u: Tensor, hessians: list[Callable]) -> Tensor:
+        """J_iᵀ u."""
+        for hessian in reversed(hessians):
+            u = u - hessian(alpha * u)
+        return u
+
+    for first in range(0, tasks, CHUNK):
+        *inner, outer = (batch.of(slice(first, first + CHUNK)) for batch in data)
+        theta_k, hessians = theta.expand(len(outer.obs), -1), []
+        for batch in inner:
+            inner_grad, hessian = inner_gradient(policy, theta_k, batch, args)
+            theta_k = theta_k - alpha * inner_grad  # Eq. (2)
+            hessians.append(hessian)
+        s, outer_grad, fisher = outer_gradient(policy, theta_k, outer)
+        loss += s.sum()
+        gradient += transposed(outer_grad, hessians).sum(0)  # Eq. (5)
+        graphs.append((hessians, fisher))
+
+    def product(v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        for hessians, fisher in graphs:
+            total += transposed(fisher(forward(v, hessians)), hessians).sum(0)  # Eq. (6)
+        return total / tasks + args.damping * v
+
+    return loss / tasks, gradient / tasks, product
+
+
+# Copied from algos/maml.py
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """x with A x ≈ b for the positive definite A that product applies, and xᵀA x = xᵀ(b - residual)."""
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    rr = r @ r
+    for _ in range(iterations):
+        if rr < 1e-10:
+            break
+        ap = product(p)
+        step = rr / (p @ ap)
+        x, r = x + step * p, r - step * ap
+        rr, previous = r @ r, rr
+        p = r + rr / previous * p
+    return x, x @ (b - r)
+
+
+# Copied from algos/maml.py
+def meta_objective(
+    policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: float | Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """S(θ) of Eq. (3) and the KL of Eq. (4), adaptation included."""
+    *inner, outer = data
+    theta_k = theta.expand(len(outer.obs), -1)
+    for batch in inner:
+        theta_k = adapt(policy, theta_k, batch, alpha, args)
+    with torch.no_grad():
+        output = policy(theta_k, outer.obs)
+        return surrogate(*output, outer).mean(), mean_kl(*output, outer).mean()
+
+
+# Copied from algos/maml.py
+def trpo_step(
+    policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: float | Tensor, args: Args
+) -> tuple[Tensor, dict[str, float]]:
+    """Eq. (7): the largest candidate step from θ [d] that lowers S within the trust region, if any (Alg. 3, l. 10)."""
+    before, gradient, product = linearise(policy, theta, data, alpha, args)
+    x, curvature = conjugate_gradient(product, gradient, args.cg_iterations)
+    step = (2 * args.delta / (curvature + 1e-8)).sqrt() * x  # Eq. (7): the quadratic model of the KL hits δ
+    for ratio in (0.8**k for k in range(args.backtracks)):
+        candidate = theta - ratio * step
+        after, kl = meta_objective(policy, candidate, data, alpha, args)
+        accepted = after < before and kl <= args.delta * (1 + args.kl_slack)  # D12
+        if accepted:
+            break
+    if not accepted:
+        candidate, after, kl, ratio = theta, before, 0.0, 0.0
+    stats = dict(surrogate_before=before, surrogate_after=after, kl=kl, step_ratio=ratio, gradient_norm=gradient.norm())
+    return candidate, {f"trpo/{k}": float(v) for k, v in stats.items()}
+
+
+# == Embeddings and clusters of tasks ==================================================================================
+
+
+def observe(
+    make_env: Callable, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, rng: torch.Generator, args: Args
+) -> Batch:
+    """What the probe θ [d] meets in every task; for a Fisher matrix with actions ã, drawn anew in the same states."""
+    few, env = replace(args, rollouts=args.embed_rollouts), make_env(len(tasks) * args.embed_rollouts)  # D13
+    batch = sample(env, tasks, policy, theta.expand(len(tasks), -1), rng, few)
+    if args.embedding in ("state-next-state", "gradient"):
+        return batch
+    noise = torch.randn(batch.mean.shape, generator=rng).to(batch.mean)
+    return batch._replace(action=batch.mean + batch.log_std.exp() * noise)  # ã of Eq. (8)
+
+
+def layer_gradients(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """∇ ln π(a|s) in the order of θ: for a layer x is its input and a 1, g = ∂ ln π / ∂ output; at the end log σ."""
+    *layers, _ = (part.view(shape) for part, shape in zip(theta.split(policy.sizes), policy.shapes))
+    one = torch.ones_like(batch.obs[..., :1])
+    x, inputs, outputs = batch.obs, [], []
+    for w, b in zip(layers[::2], layers[1::2]):
+        inputs.append(torch.cat([x, one], dim=-1))
+        outputs.append((x @ w + b).requires_grad_())
+        x = policy.activation(outputs[-1])
+    log_std = policy.log_std(theta).expand_as(outputs[-1]).clone().requires_grad_()
+    score = log_prob(outputs[-1], log_std, batch).sum()
+    return list(zip([*(x.detach() for x in inputs), one], torch.autograd.grad(score, [*outputs, log_std])))
+
+
+def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> tuple[list, Tensor]:
+    """The vectors v of Eq. (8)-(10), squared for the diagonal of (8); and r, times the weight of its step in E."""
+    kept = batch.taken.clone()  # [task, rollout, step], the steps of E
+    kept[..., -1] &= args.embedding != "state-next-state"  # D16
+    steps = kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts
+    r = batch.reward / (batch.reward.abs().amax((1, 2), keepdim=True) + 1e-8) * kept / steps  # D14
+    if args.embedding == "state-next-state":
+        v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # the next row is another episode's where r is 0
+        return [(v, torch.ones_like(v[..., :1]))], r.flatten(1)  # Eq. (9)
+    pairs = layer_gradients(policy, theta, batch)
+    if args.embedding == "diagonal":
+        pairs = [(x**2, g**2) for x, g in pairs]
+    if args.embedding == "last-layer":
+        pairs = pairs[-2:-1]  # without log σ
+    return pairs, r.flatten(1)  # D15
+
+
+def inner_products(one: tuple[list, Tensor], two: tuple[list, Tensor], args: Args) -> Tensor:
+    """⟨φ_i, φ_j⟩ of the tasks of one and of two, from their transitions: [task of one, task of two]."""
+
+    def phi(v: list, r: Tensor) -> Tensor:  # itself [task, d], as in Eq. (10)
+        return torch.cat([((r[..., None] * x).mT @ g).flatten(1) for x, g in v], dim=1)
+
+    if args.embedding in ("diagonal", "gradient"):
+        return phi(*one) @ phi(*two).T
+    (v, r), (w, q) = one, two
+    products = torch.zeros(len(r), len(q)).to(r)
+    for i, j in np.ndindex(products.shape):
+        dot = sum((x[i] @ y[j].T) * (g[i] @ h[j].T) for (x, g), (y, h) in zip(v, w))  # v_t·v_u [row, row], by layer
+        products[i, j] = r[i] @ dot**2 @ q[j]  # Eq. (11)
+    return products
+
+
+def ward(products: Tensor, clusters: int) -> np.ndarray:
+    """The clusters, 1 and on, of tasks with these inner products, through points that have the same (D11)."""
+    values, vectors = torch.linalg.eigh(products.double())
+    points = vectors * values.clamp(min=0).sqrt()
+    return 1 + AgglomerativeClustering(clusters, linkage="ward").fit_predict(points.cpu().numpy())
+
+
+def assign(policy: GaussianPolicy, agent: nn.ParameterDict, batch: Batch, args: Args) -> np.ndarray:
+    """Eq. (12): the member of every task in which the probe met the batch."""
+    new = transitions(policy, agent["theta"][0], batch, args)
+    known = transitions(policy, agent["theta"][0], Batch(*(agent[name] for name in Batch._fields[:-1])), args)
+    cross = inner_products(new, known, args)
+    products, clusters = agent["products"], [agent["member"] == k for k in range(1, args.clusters + 1)]
+    distances = [products[c][:, c].mean() - 2 * cross[:, c].mean(1) for c in clusters]  # ‖φ - c_k‖² - ‖φ‖²
+    return 1 + torch.stack(distances).argmin(0).cpu().numpy()
+
+
+# == Evaluation ========================================================================================================
+
+
+# Copied from algos/milet.py
+def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """The mean of the returns [task] and, if there are several, of every true cluster."""
+    present = np.unique(clusters)
+    by_cluster = {f"{name}_cluster_{m}": float(returns[clusters == m].mean()) for m in present}
+    return {name: float(returns.mean())} | (by_cluster if len(present) > 1 else {})
+
+
+# Copied from algos/maml.py
+def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
+    """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
+    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
+    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
+    return {key: value for metrics in named for key, value in metrics.items()}
+
+
+def evaluate(
+    make_env: Callable, tasks: envs.Tasks, pool: envs.Tasks, policy: GaussianPolicy, agent: nn.ParameterDict, args: Args
+) -> tuple[dict, dict]:
+    """Alg. 2 in every held-out task: metrics (herd/: of the training tasks, pool), and arrays for the figures."""
+    rng = torch.Generator().manual_seed(10**6 + args.seed)
+    theta, member, alpha = agent["theta"], agent["member"].cpu().numpy(), args.alpha
+    alphas = [alpha if k < args.inner_steps else alpha / 2 for k in range(args.eval_steps or args.inner_steps)]  # D9
+    learner = np.zeros(len(tasks), int)  # the probe, until there is a herd
+    if member.any():
+        learner = assign(policy, agent, observe(make_env, tasks, policy, theta[0], rng, args), args)  # Alg. 2, l. 1-2
+        args = replace(args, rollouts=args.rollouts - args.embed_rollouts)  # D13
+    data = collect(make_env(len(tasks) * args.rollouts), tasks, policy, theta[learner], alphas, rng, args)  # l. 3
+
+    counts = {m: np.bincount(pool.cluster[member == m]) for m in np.unique(member)}  # a member's tasks by true cluster
+    right = [counts[m].argmax() == c for m, c in zip(learner, tasks.cluster)]
+    metrics = returns_by_step("eval/return_step", data, tasks.cluster) | {"eval/accuracy": sum(right) / len(right)}
+    metrics["eval/nmi"] = float(normalized_mutual_info_score(tasks.cluster, learner))
+    metrics["eval/ari"] = float(adjusted_rand_score(tasks.cluster, learner))
+    metrics["herd/ari"] = float(adjusted_rand_score(pool.cluster, member))
+    metrics["herd/purity"] = sum(count.max() for count in counts.values()) / len(member)
+    arrays = dict(
+        params=tasks.params, cluster=tasks.cluster, learner=learner, alpha=args.alpha,
+        train_cluster=pool.cluster, train_learner=member, train_products=agent["products"].cpu().numpy(),  # [N, N]
+        returns=np.stack([batch.reward.double().sum(-1).cpu().numpy() for batch in data]),
+        # the first H rows of a task are its first rollout
+        trace=np.stack([batch.obs[:, : args.horizon, :2].transpose(0, 1).cpu().numpy() for batch in data]),
+    )  # fmt: skip
+    return metrics, arrays
+
+
+# == Training ==========================================================================================================
+
+
+def train(args: Args, run: "Run") -> None:
+    """Algorithm 1."""
+    env = run.make_env(args.tasks * args.rollouts)
+    pool, test_tasks = env.unwrapped.task_set("train")[: args.train_tasks], env.unwrapped.task_set("test")
+
+    # Alg. 1, Initialize: θ of the probe; room for the members', for what the probe meets, and for clusters
+    s, a = env.single_observation_space.shape[0], env.single_action_space.shape[0]
+    policy, n, k, h = GaussianPolicy(s, a, args), len(pool), args.embed_rollouts, args.horizon
+    shapes = dict(obs=(k * h, s), action=(k * h, a), mean=(k * h, a), log_std=(1, a), used=(1, a),
+                  reward=(k, h), weight=(k, h), products=(n,))  # fmt: skip
+    parts = {name: torch.zeros(n, *shape) for name, shape in shapes.items()}
+    parts["member"] = torch.zeros(n, dtype=torch.long)  # the learner of each training task: at first the probe
+    parts["theta"] = torch.cat([policy.init(run.rng)[None], torch.zeros(args.clusters, sum(policy.sizes))])
+    agent = nn.ParameterDict({k: nn.Parameter(x.to(args.device), requires_grad=False) for k, x in parts.items()})
+    theta = agent["theta"]  # [learner, d], changed in place
+
+    score = partial(evaluate, run.make_env, test_tasks, pool, policy, agent, args)
+    for iteration in run.loop(args.iterations, dict(agent=agent), score):
+        frames = {"frames/probe": 0, "frames/embedding": 0} | {f"frames/member_{m}": 0 for m in range(1, len(theta))}
+        # Alg. 1, l. 2-3, once: the trained probe meets the training tasks, they are clustered, and members begin
+        if iteration == args.probe_iterations + 1:
+            with run.timer("sample"):
+                seen = observe(run.make_env, pool, policy, theta[0], run.rng, args)
+            frames["frames/embedding"] = int(seen.taken.sum())
+            found = transitions(policy, theta[0], seen, args)
+            products = inner_products(found, found, args)
+            member = torch.from_numpy(ward(products, args.clusters))
+            for name, x in dict(zip(Batch._fields, seen[:-1]), products=products, member=member).items():
+                agent[name].copy_(x)
+            theta[1:] = theta[0] if args.warm_start else torch.stack([policy.init(run.rng) for _ in theta[1:]])
+
+        # l. 1, the probe on all tasks; after it l. 4, the members in turn, each on tasks of its cluster (D10)
+        member, rng = agent["member"].cpu().numpy(), np.random.default_rng(random_seed(run.rng))
+        learner = np.resize(rng.permutation(np.unique(member)), args.tasks)  # by lot who gets one more, if no multiple
+        tasks = pool[[rng.choice(np.flatnonzero(member == m)) for m in learner]]
+
+        # Alg. 3, l. 4-9: sample D_k, adapt to it, n times; then sample D_n
+        with run.timer("sample"):
+            data = collect(env, tasks, policy, theta[learner], [args.alpha] * args.inner_steps, run.rng, args)
+
+        stats = []
+        for m in np.unique(learner):  # Alg. 3, l. 10: every learner takes a step on its own tasks
+            mine = [batch.of(learner == m) for batch in data]
+            theta[m], stat = trpo_step(policy, theta[m], mine, args.alpha, args)
+            stats.append(stat)
+            frames[f"frames/member_{m}" if m else "frames/probe"] = sum(int(batch.taken.sum()) for batch in mine)
+        run.frames += sum(frames.values())
+
+        metrics = returns_by_step("train/return_step", data, np.zeros(len(tasks), int)) | frames  # pooled: D10
+        metrics |= {key: sum(stat[key] for stat in stats) / len(stats) for key in stats[0]}
+        std, adapted = policy.log_std(theta[np.unique(learner)]).exp(), data[-1].log_std.exp()
+        metrics |= {"policy/std": std.mean().item(), "policy/std_min": std.min().item()}
+        metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}
+        run.log(metrics)
+
+
+# == The same in every script ==========================================================================================
+# The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
+SCRIPT = Path(__file__).stem
+ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+
+
+def fail(message: object, when: object = True) -> None:
+    """End the program with one line on the standard error, and code 1."""
+    if when:
+        raise SystemExit(f"{SCRIPT}.py: error: {' '.join(str(message).split())}")
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever exception the block raises becomes one line, which begins with what is to blame."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {type(error).__name__}: {error}")
+
+
+class Run:
+    """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
+
+    def __init__(self, args: Args):
+        name = args.name or f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
+        self.args, self.owner, self.bar, self.spoke = args, f"{SCRIPT}.py on {args.env}", None, time.time()
+        self.iteration, self.frames, self.stopped = 0, 0, 0  # frames: environment steps, which the algorithm counts
+        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
+        torch.manual_seed(args.seed)
+        self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
+        torch.set_num_threads(min(args.num_threads or torch.get_num_threads(), os.cpu_count()))
+        self.make_env = partial(gym.make_vec, args.env, num_threads=torch.get_num_threads(), horizon=args.horizon)
+
+    def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
+        """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
+        figures = f"figures: python results/plot.py {self.path}"
+        self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
+        if self.args.evaluate:
+            self.load("agent.pt", {"agent": state["agent"]})
+            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+        if self.args.resume:
+            self.load("checkpoint.pt", state)
+        self.open(iterations)
+        if self.iteration == 0:
+            self.save()
+            self.evaluation()
+        while self.iteration < iterations:
+            self.iteration += 1
+            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+            yield self.iteration
+            self.bar.update()
+            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
+                self.evaluation()
+            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                self.save()
+                if self.stopped:
+                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    raise SystemExit(128 + self.stopped)
+        tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to this iteration's column time/name."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}"] += time.perf_counter() - began
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A row of metrics.csv, with times; and what the progress bar shows."""
+        for name, value in [*metrics.items(), *self.state["agent"].named_parameters()]:
+            if not torch.as_tensor(value).isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+        speed = (self.frames - self.frames_before) / (seconds := time.perf_counter() - self.began)
+        times = self.seconds | {"time/update": seconds - self.seconds.get("time/sample", 0), "charts/sps": speed}
+        self.write("metrics", metrics | times)
+        returns = (f"{v:.1f}" for k, v in metrics.items() if k.startswith("train/return") and "_cluster_" not in k)
+        self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
+        if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
+            self.spoke = time.time()
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+
+    def evaluation(self) -> dict[str, float]:
+        metrics, arrays = self.evaluate()
+        np.savez_compressed(self.path / "eval.npz", **arrays)
+        if not self.args.evaluate:
+            self.write("eval", metrics)
+            pooled = [f"{k.removeprefix('eval/')} {v:.4g}" for k, v in metrics.items() if "_cluster_" not in k]
+            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {' · '.join(pooled)}")
+        return metrics
+
+    def write(self, name: str, metrics: dict[str, float]) -> None:
+        """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
+        row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
+        fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
+        with (self.path / f"{name}.csv").open("a") as file:
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
+            file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+        for key, value in metrics.items():
+            self.tensorboard.add_scalar(key, value, self.frames)
+
+    def open(self, iterations: int) -> None:
+        """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume or self.args.name))
+        stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
+        (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
+        os.replace(self.path / "saving.json", self.path / "args.json")
+        for name in ("metrics.csv", "eval.csv"):
+            with (self.path / name).open("a") as file:
+                file.truncate(min(file.tell(), self.sizes.get(name, 0)))
+        if self.args.track:
+            whose = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
+            with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
+                import wandb
+                wandb.init(**whose, project="clean-meta-rl", resume="allow", sync_tensorboard=True)
+        self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
+        self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
+
+    def save(self) -> None:
+        """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
+        parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
+        for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
+            content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
+            torch.save(content, self.path / "saving.pt")
+            os.replace(self.path / "saving.pt", self.path / name)
+
+    def load(self, name: str, parts: dict) -> None:
+        """Into the parts, which are on their device already; weights_only: a checkpoint runs no code."""
+        with blame(f"{self.path / name} is missing, damaged, or of other arguments"):
+            saved = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
+            fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            self.iteration, self.frames = int(saved["iteration"]), int(saved["frames"])
+            if self.args.resume:
+                self.columns, self.sizes, rng, torch_rng = saved["run"]
+                self.rng.set_state(rng.clone())
+                torch.set_rng_state(torch_rng.clone())
+
+    def on_signal(self, signum: int, _) -> None:
+        """The first signal in training lets the iteration finish and be saved; any other ends the program at once."""
+        if self.stopped or self.bar is None:
+            raise SystemExit(128 + signum)
+        self.stopped = signum
+
+
+def parse_args(argv: list[str]) -> Args:
+    """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
+    fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
+    preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
+    fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
+    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    rows = Path(given.run_dir, given.name or "", "eval.csv")
+    begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
+    if folder := str(rows.parent) if begun else folder:
+        with blame(f"{folder} is not a run folder, or its args.json is damaged"):
+            stored = json.loads((Path(folder) / "args.json").read_text())
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
+            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
+    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
+    args = replace(args, resume=folder) if begun else args
+    fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
+    for name, value in asdict(args).items():
+        flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
+        fail(f"{flag} cannot change on an existing run", when=name in fixed and value != getattr(stored, name))
+        for n in value if isinstance(value, tuple) else (value,):
+            fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
+            fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
+    *module, env_id = args.env.split(":")
+    with blame(f"--env {args.env}"):
+        [*map(importlib.import_module, module)]
+        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
+    for message, holds in check(args, env).items():
+        fail(message, when=not holds)
+    fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
+    return args
+
+
+if __name__ == "__main__":  # faults of the user or of the machine become one line; those of the program, a traceback
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        run = Run(args := parse_args(sys.argv[1:]))
+        [signal.signal(signum, run.on_signal) for signum in (signal.SIGINT, signal.SIGTERM)]
+        train(args, run)
+    except FloatingPointError as error:
+        fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|iostream", str(error)):
+            raise
+        fail(str(error) or type(error).__name__)
