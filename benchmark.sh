@@ -7,7 +7,7 @@
 #   SLURM=1 ./benchmark.sh CAMPAIGN       every run is a Slurm job; the figures are jobs that wait for them
 # The same command again continues what is unfinished and leaves what is finished. Ctrl-C, SIGTERM or a closed terminal
 # lets the runs save. If a run fails, the others save and stop, and no figure is drawn.
-# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=4G: limits of a job; two minutes before
+# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job; two minutes before
 # its time is over, or when it is preempted, its run saves, and the job queues again. sbatch also reads its own
 # variables: SBATCH_PARTITION, SBATCH_ACCOUNT and others.
 set -euo pipefail
@@ -97,7 +97,8 @@ campaigns() {
   campaign mmaml-point '22 hours' 'MMAML, ProMP and Multi-ProMP on the point with 2, 4 and 6 modes, 3 seeds each (Table 3)'
   run point-{2m,4m,6m}__mmaml__{0,1,2}
   run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --modulation none
-  run point-{2m,4m,6m}__mmaml__{0,1,2}__multi --modulation none --oracle
+  run point-{2m,4m}__mmaml__{0,1,2}__multi --modulation none --oracle
+  run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
   campaign mmaml-robots '9 hours' 'MMAML on the reacher with 4 modes, beside ProMP and Multi-ProMP, and on the ant, 90 iterations'
@@ -213,7 +214,7 @@ stop() { # STATUS: what runs finishes its iteration and saves (at a second signa
 submit() { # NAME LOG: this script with --only NAME, as a job; never two of one name at a time
   local id
   id=$(sbatch --parsable --job-name="${folder#runs/}/$1" --output="$2" --open-mode=append --requeue \
-    --signal=B:TERM@120 --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-4G}" \
+    --signal=B:TERM@120 --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-8G}" \
     --dependency="singleton$needs" --kill-on-invalid-dep=yes \
     --wrap="$(printf '%q ' exec ./benchmark.sh "$chosen" --only "$1" -- "${extra[@]}")")
   ids+=("${id%;*}")

@@ -53,6 +53,15 @@ def benchmark(house: Path, *words: str, wait=True, **environment) -> subprocess.
     return subprocess.run(command, timeout=60, **kwargs) if wait else subprocess.Popen(command, **kwargs)
 
 
+@pytest.fixture(autouse=True)
+def as_from_a_terminal():
+    """A shell cannot trap what was ignored when it began, and background jobs and nohup ignore some."""
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGINT)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 def steps(folder: Path) -> list[int]:
     files = [folder / name / "steps" for name in RUNS]
     return [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
