@@ -112,12 +112,12 @@ HIGH = np.array([[5, np.pi, 0], [3, 0, 3], [0.15, 3, 3], [3, 3, 3], [3, 3, 3]])
 
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
-    families = env.num_clusters
+    families, layers = env.num_clusters, 0 if args.modulation == "none" else args.modulated_layers
     return {
         f"--env must be functions-2m, -3m or -5m, not a {env.__name__}": issubclass(env, Functions5M),
         f"--tasks must be a multiple of {families}": args.tasks % families == 0,
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
-        f"--modulated-layers must be at most {len(args.hidden)}": args.modulated_layers <= len(args.hidden),
+        f"--modulated-layers must be at most {len(args.hidden)}": layers <= len(args.hidden),
         "--shots must be less than --horizon": args.shots < args.horizon,
         "--alpha, --lr and --outer-clip must be positive": min(args.alpha, args.lr, args.outer_clip) > 0,
         "--inner-clip must be at least 0": args.inner_clip >= 0,

@@ -505,4 +505,5 @@ def test_every_rule_has_a_case_and_presets_have_25_tasks_of_every_family():
     assert len(reg.check(reg.Args(), reg.Functions5M)) == len({message for _, message in RULES})
     for families in (2, 3, 5):
         assert reg.parse_args(["--env", f"functions-{families}m"]).tasks == 25 * families
-    reg.parse_args("--oracle --modulation none --inner-steps 0 --bias-dim 0 --no-sort --modulated-layers 1".split())
+    reg.parse_args("--oracle --modulation none --inner-steps 0 --bias-dim 0 --no-sort --hidden 8 8".split())
+    reg.parse_args("--inner-clip 0 --modulated-layers 1 --hidden 8".split())
