@@ -32,7 +32,9 @@ Deviations from the paper (P) or C
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
 
-Tested       TODO
+Tested       python algos/mmaml_classification.py --iterations 300 --eval-every 100 --eval-episodes 30 --num-threads 1
+             (drawn-3m, 144,000 images, 1.7 minutes of one core of an AMD EPYC): accuracy 0.71 in new classes, chance
+             0.20 (digits 0.79, letters 0.39, stripes 0.94; untrained 0.78, 0.25, 0.55); after modulation alone 0.21.
 """
 
 import csv
@@ -528,9 +530,9 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 def score_tasks(
     tasks: envs.Tasks, data: list[DataSet], part: str, agent: nn.ModuleDict, args: Args
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The accuracy of every task before and after its steps, [2, task], and υ [task, 128] (without it [task, 0])."""
+    """The accuracy of every task before and after its steps, [2, task], and υ [task, 128] (without ω: 0)."""
     steps, learner = args.eval_steps or args.inner_steps, assign(tasks, args)
-    scores, embeddings = np.empty((2, len(tasks))), [[]] * len(tasks)
+    scores, embeddings = np.zeros((2, len(tasks))), np.zeros((len(tasks), args.embedding))
     for m in np.unique(learner):
         mine = np.flatnonzero(learner == m)
         for ids in np.array_split(mine, -(-len(mine) // CHUNK)):
@@ -542,9 +544,9 @@ def score_tasks(
                 for k in (0, -1):
                     logits = predict(thetas[k], query.x, tau, args, support.x)
                     scores[k, ids] = accuracy(logits, query.y).cpu()
-            for i, task in enumerate(ids):
-                embeddings[task] = [] if embedding is None else embedding[i].tolist()
-    return scores, np.array(embeddings)
+            if embedding is not None:
+                embeddings[ids] = embedding.cpu()
+    return scores, embeddings
 
 
 def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
@@ -564,7 +566,7 @@ def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args:
     metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)
     examples, _ = draw_images(tasks[: len(data)], data, "test", args)  # data sets are in turn
     arrays = dict(params=tasks.params, cluster=cluster, accuracy=scores, examples=examples.x.cpu().numpy())
-    return metrics, arrays | (dict(embedding=embedding) if embedding.size else {})
+    return metrics, arrays | (dict(embedding=embedding) if "omega" in agent else {})
 
 
 # == Training ==========================================================================================================

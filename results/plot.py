@@ -568,6 +568,7 @@ def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]],
         axis.set(title=title, yscale="log" if is_error else "linear")
     for axis in axes[-1]:
         axis.set_xlabel("points seen" if is_error else "images seen")
+        axis.locator_params(axis="x", nbins=4)
     for axis in axes[:, 0]:
         axis.set_ylabel("mean squared error" if is_error else "accuracy")
     legend_below(figure, axes[0][0], columns=2)

@@ -184,6 +184,19 @@ def main() -> None:
             row = share(f"pearl.py {env_id}, batch {batch}{name}", 25, limit, median)
             add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
 
+    # No physics here: updates_per_s are meta-iterations, with second derivatives; "plain": a copy of θ for every task
+    for script, flags, what in (
+        ("mmaml_regression", [], "functions-5m, MMAML, 125 tasks, 5 steps"),
+        ("mmaml_regression", ["--no-low-rank"], "functions-5m, MMAML, 125 tasks, 5 steps, plain"),
+        ("mmaml_regression", ["--modulation", "none"], "functions-5m, MAML, 125 tasks, 5 steps"),
+        ("mmaml_classification", ["--eval-episodes", "2"], "drawn-3m, MMAML, 6 tasks, 5 steps"),
+    ):
+        median = measure(script, 10, [*flags, "--iterations", "40"])
+        seconds = median["time/sample"] + median["time/update"]
+        row = {"what": f"{script}.py {what}", "frames_per_s": round(median["charts/sps"])}
+        row |= {key: round(median[f"time/{key[:-2]}"], 4) for key in ("sample_s", "update_s")}
+        add(row | {"updates_per_s": round(1 / seconds, 2), "peak_memory_gb": round(median["peak_memory_gb"], 2)})
+
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
         file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
