@@ -150,7 +150,7 @@ campaigns() {
   run cheetah-dir__pearl__0 --iterations 60 --eval-every 2
   figure cheetah-dir
 
-  campaign speed '?' 'physics limits, and the share that the scripts reach, into results/speed.csv (all cores)'
+  campaign speed '50 minutes' 'physics limits, and the share that the scripts reach, into results/speed.csv (all cores)'
   after speed python results/speed.py
 }
 

@@ -603,7 +603,7 @@ def train(args: Args, run: "Run") -> None:
     parts = {name: torch.zeros(n, *shape) for name, shape in shapes.items()}
     parts["member"] = torch.zeros(n, dtype=torch.long)  # the learner of each training task: at first the probe
     parts["theta"] = torch.cat([policy.init(run.rng)[None], torch.zeros(args.clusters, sum(policy.sizes))])
-    agent = nn.ParameterDict({k: nn.Parameter(x.to(args.device), requires_grad=False) for k, x in parts.items()})
+    agent = nn.ParameterDict({name: nn.Parameter(x.to(args.device), requires_grad=False) for name, x in parts.items()})
     theta = agent["theta"]  # [learner, d], changed in place
 
     score = partial(evaluate, run.make_env, test_tasks, pool, policy, agent, args)

@@ -41,9 +41,9 @@ Deviations from the paper (P), from ProMP's, or from the official code (C)
       (--modulate-first-step takes it as listed).
   D13 C takes the number of arrays in a batch for the length of its rollouts: its encoder sees the first 5 K
       transitions, cut into rollouts of 5 with H - 5 zeros before each. Here all of D_0 (--encoder-official-bug).
-  D14 P scales and shifts hidden units (FiLM); the configurations of C only scale: here too (--modulation film shifts).
-      Softmax and sigmoid, not in C, are as in P's regression.
-  D15 P updates by gradient descent with a rate β; here Adam with one rate for θ and ω, N times on the same data, as C.
+  D14 P scales and shifts what hidden units put out (FiLM); C only scales, before the activation: here too (--modulation
+      film shifts). Softmax, which P compares on regression, and sigmoid, which its code for that has, are not in C.
+  D15 P lists gradient descent with a rate β; here Adam with one rate for θ and ω, N times on the same data, as C.
   D16 C's GRU is Keras' older one (hard sigmoids, reset before the product); here PyTorch's.
   D17 C pads short rollouts with zeros, which pass through the GRU; here the state after the last step taken counts.
 
@@ -324,9 +324,8 @@ class Encoder(nn.Module):
         super().__init__()
         width, inputs = args.encoder_width, policy.shapes[0][0] + policy.shapes[-1][1] + 1
         self.gru = nn.GRU(inputs, width, batch_first=True)  # D16
-        self.of_rollout, self.of_task = (
-            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(2)
-        )
+        self.of_rollout = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        self.of_task = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         self.generator = nn.Linear(width, sum(args.hidden) * (2 if args.modulation == "film" else 1))
         for name, parameter in self.named_parameters():
             init = nn.init.orthogonal_ if "weight_hh" in name else nn.init.xavier_uniform_
@@ -337,10 +336,11 @@ class Encoder(nn.Module):
         x = torch.cat([batch.obs, batch.action, batch.reward.flatten(1)[..., None]], dim=-1)  # [task, row, inputs]
         (n, k, h), length = batch.reward.shape, batch.taken.sum(-1)  # [task, rollout]
         if args.encoder_official_bug:  # D13
-            x = nn.functional.pad(x[:, : 5 * k].unflatten(1, (k, 5)), (0, 0, h - 5, 0))
+            pieces = x[:, : 5 * k].unflatten(1, (k, 5))
+            x = nn.functional.pad(pieces, (0, 0, h - 5, 0))
             length = torch.full_like(length, h)
         state, _ = self.gru(x.reshape(n * k, h, -1))
-        state = nn.functional.pad(state, (0, 0, 1, 0))  # the one before the first step is 0
+        state = nn.functional.pad(state, (0, 0, 1, 0))  # [rollout, step + 1, width]: 0 before the first step
         last = state[torch.arange(n * k), length.flatten()]  # D17
         upsilon = self.of_task(self.of_rollout(last).view(n, k, -1).mean(1))  # Eq. (7); Alg. 1, l. 6
         return upsilon, self.generator(upsilon)  # Eq. (8); Alg. 1, l. 7
@@ -353,9 +353,9 @@ def infer(encoder: Encoder | None, batch: Batch, args: Args) -> Tensor | None:
 
 def gains_and_shifts(tau: Tensor, args: Args) -> list[tuple[Tensor, Tensor | float]]:
     """What τ does to the units of every hidden layer, [task, unit] each: FiLM, softmax or sigmoid (D14)."""
-    film = args.modulation == "film"
-    layers = tau.split([(1 + film) * width for width in args.hidden], -1)
-    if film:
+    per_unit = 2 if args.modulation == "film" else 1
+    layers = tau.split([per_unit * width for width in args.hidden], -1)
+    if args.modulation == "film":
         return [(1 + gamma, beta) for gamma, beta in (layer.chunk(2, -1) for layer in layers)]
     gain = {"film-scale": lambda x: 1 + x, "softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid}
     return [(gain[args.modulation](layer), 0.0) for layer in layers]
@@ -529,6 +529,7 @@ def evaluate(
     """
     rng = torch.Generator().manual_seed(10**6 + args.seed)
     theta, alpha = (agent[name].detach()[assign(tasks, args)] for name in ("theta", "alpha"))
+    alpha = alpha if args.train_alpha else torch.full_like(alpha, args.alpha)  # may be another one at evaluation
     alphas = [alpha] * (args.eval_steps or max(1, args.inner_steps))
     data = collect(env, tasks, policy, agent.encoder, theta, alphas, rng, args)
     arrays = dict(
@@ -604,8 +605,9 @@ def train(args: Args, run: "Run") -> None:
         metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}
         if agent.encoder is not None:
             with torch.no_grad():
-                gain = torch.cat([gain for gain, _ in gains_and_shifts(infer(agent.encoder, data[0], args), args)], -1)
-            metrics |= {"policy/gain": gain.mean().item(), "policy/gain_between_tasks": gain.std(0).mean().item()}
+                gains = [gain for gain, _ in gains_and_shifts(infer(agent.encoder, data[0], args), args)]
+            between = torch.cat(gains, -1).std(0, correction=0).mean().item()
+            metrics |= {"policy/gain": torch.cat(gains, -1).mean().item(), "policy/gain_between_tasks": between}
         run.log(metrics)
 
 

@@ -425,6 +425,7 @@ def evaluate(
     """
     rng = torch.Generator().manual_seed(10**6 + args.seed)
     theta, alpha = (agent[name].detach()[assign(tasks, args)] for name in ("theta", "alpha"))
+    alpha = alpha if args.train_alpha else torch.full_like(alpha, args.alpha)  # may be another one at evaluation
     data = collect(env, tasks, policy, theta, [alpha] * (args.eval_steps or max(1, args.inner_steps)), rng, args)
     arrays = dict(
         params=tasks.params, cluster=tasks.cluster, alpha=alpha.mean().item(),

@@ -100,7 +100,7 @@ class AntDir(Ant, DirectionRunner):
 class AntModes(Modes, Ant):
     """What the ants of MMAML share.
 
-    Goals: (x, y, 0.03), x and y of N(m_k, 0.8^2). Observation [29]: qpos (15), qvel (14).
+    Goals: (x, y), each of N(m_k, 0.8^2), at the height 0.03. Observation [29]: qpos (15), qvel (14).
     Reward: -|x - g|_1 - 0.1 |a|^2, x the torso position after the step, in three dimensions.
     Episode: 250 steps of 0.02 s, no termination.
     """

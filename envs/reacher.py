@@ -29,8 +29,8 @@ class Reacher(Modes, MujocoVectorEnv):
         spec.option.timestep, spec.option.integrator = 0.01, mujoco.mjtIntegrator.mjINT_RK4
         spec.worldbody.add_light(pos=[0, 0, 1])
         spec.worldbody.add_camera(name="track", pos=[0, 0, 1])
-        solid = dict(contype=0, conaffinity=0)  # nothing touches anything
-        link = dict(type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=[0, 0, 0, 0.1, 0, 0], size=[0.01, 0, 0], **solid)
+        ghost = dict(contype=0, conaffinity=0)  # nothing touches anything
+        link = dict(type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=[0, 0, 0, 0.1, 0, 0], size=[0.01, 0, 0], **ghost)
         joint = dict(type=mujoco.mjtJoint.mjJNT_HINGE, axis=[0, 0, 1], damping=1, armature=1)
         body = spec.worldbody
         for i, pos in enumerate(([0, 0, 0.01], [0.1, 0, 0], [0.1, 0, 0])):
@@ -44,7 +44,7 @@ class Reacher(Modes, MujocoVectorEnv):
             motor.set_to_motor()
             motor.gear[0] = 200
         tip = body.add_body(name="fingertip", pos=[0.11, 0, 0])
-        tip.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[0.01, 0, 0], **solid)
+        tip.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[0.01, 0, 0], **ghost)
         return spec.compile()
 
     def start_state(self, rng):

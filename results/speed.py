@@ -3,8 +3,9 @@
 The physics limit of an environment is the rate of bare `Batch.step` calls with random controls, with the copies,
 threads, bound fields and stage of the environment. Uniform controls, unless a script acts otherwise: how fast a robot
 is simulated depends on how it moves. A script is judged by the share of the limit that it reaches while it samples and
-end to end (median iteration after a warm-up, evaluation and checkpoints left out), with a full buffer. For the 800
-copies of maml.py bare physics and sampling are timed in turn, because a machine's speed drifts by more than the rest.
+end to end (median iteration after a warm-up, evaluation and checkpoints left out), with a full buffer. A machine's
+speed drifts by more than the rest: the limit of a script (column limit) is the mean of one measured before and one
+after it, and for the 800 copies of maml.py bare physics and sampling are timed in turn.
 """
 
 import csv
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -23,8 +23,8 @@ import torch
 import envs
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ["what", "copies", "frames_per_s", "share", "sample_share", "sample_s", "update_s", "updates_per_s"]
-COLUMNS += ["peak_memory_gb"]
+COLUMNS = ["what", "copies", "frames_per_s", "limit", "share", "sample_share", "sample_s", "update_s"]
+COLUMNS += ["updates_per_s", "peak_memory_gb"]
 
 CHILD = """
 import sys; sys.path.insert(0, {algos!r})
@@ -115,87 +115,86 @@ def maml_sampling(rounds: int = 12) -> tuple[float, float]:
     return float(bare), float(sampling)
 
 
-def share(what: str, copies: int, limit: float, median: dict[str, float]) -> dict[str, str | float]:
-    """The row of a script in the table."""
-    frames = median["charts/sps"] * (median["time/sample"] + median["time/update"])
-    return {
-        "what": what,
-        "copies": copies,
-        "frames_per_s": round(median["charts/sps"]),
-        "share": round(median["charts/sps"] / limit, 3),
-        "sample_share": round(frames / median["time/sample"] / limit, 3),
-        "sample_s": round(median["time/sample"], 3),
-        "update_s": round(median["time/update"], 3),
-        "peak_memory_gb": round(median["peak_memory_gb"], 2),
-    }
-
-
 def main() -> None:
     table = []
 
-    def add(row: dict[str, str | float]) -> None:
-        table.append(row)
-        print(row, flush=True)
+    def add(what: str, copies: int, frames_per_s: float, **columns: float) -> None:
+        table.append({"what": what, "copies": copies, "frames_per_s": round(frames_per_s), **columns})
+        print(table[-1], flush=True)
 
-    @cache
-    def add_limit(env_id: str, copies: int, horizon: int = 100) -> float:
-        rate = physics_limit(env_id, copies, horizon)
-        what = f"physics limit {env_id}" + f", H = {horizon}" * (horizon != 100)
-        add({"what": what, "copies": copies, "frames_per_s": round(rate)})
-        return rate
+    def add_script(
+        what: str,
+        env_id: str,
+        copies: int,
+        flags: str,
+        warm_up: int,
+        before: str = "",
+        gradient_steps: int = 0,
+        **limit_of: object,
+    ) -> None:
+        """A row; the script is the first word of it. gradient_steps: in an iteration, for a rate of them."""
+        limits = [physics_limit(env_id, copies, **limit_of)]
+        median = measure(what.split(".py")[0], warm_up, ["--env", env_id, *flags.split()], before)
+        limit = (limits[0] + physics_limit(env_id, copies, **limit_of)) / 2
+        rate, sample, update = (median[key] for key in ("charts/sps", "time/sample", "time/update"))
+        columns = {"limit": round(limit), "share": round(rate / limit, 3)}
+        columns["sample_share"] = round(rate * (sample + update) / sample / limit, 3)
+        columns |= {"sample_s": round(sample, 3), "update_s": round(update, 3)}
+        columns |= {"updates_per_s": round(gradient_steps / update, 1)} if gradient_steps else {}
+        add(what, copies, rate, **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
+
+    for preset, copies in {"paper": 16, "fast": 32}.items():
+        flags = f"--preset {preset} --frames {40 * 200 * copies}"
+        add_script(f"milet.py ant-goal-4c, {preset} preset", "ant-goal-4c", copies, flags, 10)
+    for script in ("varibad", "rl2"):
+        flags = f"--preset paper --frames {40 * 3200}"
+        add_script(f"{script}.py ant-goal-4c", "ant-goal-4c", 16, flags, 10)
+        for env_id, copies in OFFICIAL[script].items():
+            flags = f"--preset paper --horizon 200 --num-envs {copies} --frames {25 * 400 * copies}"
+            variants = {"": ""} | ({", nn.GRU's backward pass": PLAIN["rl2"]} if script == "rl2" else {})
+            for name, before in variants.items():
+                add_script(f"{script}.py {env_id}, H = 200{name}", env_id, copies, flags, 5, before, horizon=200)
+
+    limit, sampling = maml_sampling()
+    add("physics limit cheetah-dir, untrained policy", 800, limit)
+    add("sampling of maml.py cheetah-dir, untrained policy", 800, sampling, share=round(sampling / limit, 3))
+    for script in ("maml", "promp", "rmaml", "mmaml"):
+        what = f"{script}.py cheetah-dir, 40 tasks x 20 rollouts"
+        add_script(what, "cheetah-dir", 800, "--iterations 14", 4, actions=untrained)
+    what = "hom.py cheetah-dir, 40 tasks x 20 rollouts, two members"
+    add_script(what, "cheetah-dir", 800, "--probe-iterations 3 --iterations 14", 6, actions=untrained)
+    what = "cml.py cheetah-dir, 2 learners x 40 tasks x 20 rollouts"
+    add_script(what, "cheetah-dir", 1600, "--iterations 14", 4, actions=untrained)
+    what = "cml.py ant-cheetah-dir, 2 learners x 40 tasks x 20 rollouts"
+    median = measure("cml", 2, ["--env", "ant-cheetah-dir", "--iterations", "5"])
+    columns = {"sample_s": round(median["time/sample"], 3), "update_s": round(median["time/update"], 3)}
+    add(what, 1600, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
+
+    for env_id, batch in {"cheetah-dir": "4 x 256", "ant-goal-4c": "16 x 256"}.items():
+        flags = f"--iterations 4 --gradient-steps 100 --meta-batch {batch.split()[0]}"
+        flags += " --horizon 200 --prior-steps 1000 --extra-steps 1000"  # 5 visits of 5 episodes, twice
+        variants = {"": "", ", without oneDNN": PLAIN["pearl"], ", memory kept": KEEP_MEMORY}
+        for name, before in variants.items():
+            what = f"pearl.py {env_id}, batch {batch}{name}"
+            add_script(what, env_id, 25, flags, 1, before, gradient_steps=100, horizon=200)
 
     for env_id, env_class in envs.ENVIRONMENTS.items():
         if issubclass(env_class, envs.MujocoVectorEnv):
             for copies in (16, 320):
-                add_limit(env_id, copies)
-    for preset, copies in {"paper": 16, "fast": 32}.items():
-        flags = ["--env", "ant-goal-4c", "--preset", preset, "--frames", str(40 * 200 * copies)]
-        for name, before in {"": "", ", memory kept": KEEP_MEMORY}.items():
-            median = measure("milet", 10, flags, before)
-            limit = add_limit("ant-goal-4c", copies)
-            add(share(f"milet.py ant-goal-4c, {preset} preset{name}", copies, limit, median))
-    for script in ("varibad", "rl2"):
-        median = measure(script, 10, ["--env", "ant-goal-4c", "--preset", "paper", "--frames", str(40 * 3200)])
-        add(share(f"{script}.py ant-goal-4c", 16, add_limit("ant-goal-4c", 16), median))
-        for env_id, copies in OFFICIAL[script].items():
-            flags = ["--env", env_id, "--preset", "paper", "--horizon", "200", "--num-envs", str(copies)]
-            flags += ["--frames", str(25 * 400 * copies)]
-            limit, median = add_limit(env_id, copies, 200), measure(script, 5, flags)
-            add(share(f"{script}.py {env_id}, H = 200", copies, limit, median))
-            if script == "rl2":
-                median = measure(script, 5, flags, PLAIN["rl2"])
-                add(share(f"{script}.py {env_id}, H = 200, nn.GRU's backward pass", copies, limit, median))
-    limit, sampling = maml_sampling()
-    add({"what": "physics limit cheetah-dir, untrained policy", "copies": 800, "frames_per_s": round(limit)})
-    median = measure("maml", 4, ["--env", "cheetah-dir", "--iterations", "14"])
-    row = share("maml.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median)
-    add(row | {"sample_share": round(sampling / limit, 3)})
-    median = measure("promp", 4, ["--env", "cheetah-dir", "--iterations", "14"])
-    row = share("promp.py cheetah-dir, 40 tasks x 20 rollouts", 800, limit, median)
-    add(row | {"sample_share": round(sampling / limit, 3)})  # its sampler is maml.py's
+                add(f"physics limit {env_id}", copies, physics_limit(env_id, copies))
 
-    for env_id, batch in {"cheetah-dir": "4 x 256", "ant-goal-4c": "16 x 256"}.items():
-        flags = ["--env", env_id, "--iterations", "4", "--gradient-steps", "100", "--meta-batch", batch.split()[0]]
-        flags += ["--horizon", "200", "--prior-steps", "1000", "--extra-steps", "1000"]  # 5 visits of 5 episodes, twice
-        limit = add_limit(env_id, 25, 200)
-        variants = {"": "", ", without oneDNN": PLAIN["pearl"], ", memory kept": KEEP_MEMORY}
-        for name, before in variants.items():
-            median = measure("pearl", 1, flags, before)
-            row = share(f"pearl.py {env_id}, batch {batch}{name}", 25, limit, median)
-            add(row | {"updates_per_s": round(100 / median["time/update"], 1)})
-
-    # No physics here: updates_per_s are meta-iterations, with second derivatives; "plain": a copy of θ for every task
-    for script, flags, what in (
-        ("mmaml_regression", [], "functions-5m, MMAML, 125 tasks, 5 steps"),
-        ("mmaml_regression", ["--no-low-rank"], "functions-5m, MMAML, 125 tasks, 5 steps, plain"),
-        ("mmaml_regression", ["--modulation", "none"], "functions-5m, MAML, 125 tasks, 5 steps"),
-        ("mmaml_classification", ["--eval-episodes", "2"], "drawn-3m, MMAML, 6 tasks, 5 steps"),
+    # No physics here: copies are tasks, updates_per_s meta-iterations with second derivatives of five inner steps
+    for what, tasks, flags in (
+        ("mmaml_regression.py functions-5m, MMAML", 125, []),
+        ("mmaml_regression.py functions-5m, MMAML, a copy of θ for every task", 125, ["--no-low-rank"]),
+        ("mmaml_regression.py functions-5m, MAML", 125, ["--modulation", "none"]),
+        ("mmaml_classification.py drawn-3m, MMAML", 6, ["--eval-episodes", "2"]),
     ):
-        median = measure(script, 10, [*flags, "--iterations", "40"])
-        seconds = median["time/sample"] + median["time/update"]
-        row = {"what": f"{script}.py {what}", "frames_per_s": round(median["charts/sps"])}
-        row |= {key: round(median[f"time/{key[:-2]}"], 4) for key in ("sample_s", "update_s")}
-        add(row | {"updates_per_s": round(1 / seconds, 2), "peak_memory_gb": round(median["peak_memory_gb"], 2)})
+        median = measure(what.split(".py")[0], 10, ["--iterations", "40", *flags])
+        sample, update = median["time/sample"], median["time/update"]
+        columns = {"sample_s": round(sample, 4), "update_s": round(update, 4)}
+        columns |= {"updates_per_s": round(1 / (sample + update), 2)}
+        add(what, tasks, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
 
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
         file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")

@@ -368,6 +368,15 @@ def test_it_learns_to_tell_two_modes_apart_before_any_gradient_step(tmp_path):
     assert embedding.shape == (32, 16) and (nearest == cluster).mean() > 0.95
     gains = [float(row["policy/gain_between_tasks"]) for row in rows(path / "metrics.csv")]
     assert gains[-1] > 2 * gains[0]
+    before = [float(row["promp/surrogate_before"]) for row in rows(path / "metrics.csv")]
+    assert max(map(abs, before)) < 1e-5, "at first π is what sampled, and advantages have mean 0"
+
+
+def test_one_task_has_no_spread_of_gains(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    flags = dict(env="point-1m", tasks=1, rollouts=2, horizon=5, iterations=1)
+    (row,) = rows(train(mmaml, run_dir=str(tmp_path), **flags) / "metrics.csv")
+    assert float(row["policy/gain_between_tasks"]) == 0
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_eta_follows_the_kl_of_its_learner_and_step_after_the_update():
 
 def test_evaluation_uses_the_parameters_of_each_learner(monkeypatch):
     torch.set_default_dtype(torch.float32)
-    args = small_args(oracle=True, inner_steps=1, eval_steps=2)
+    args = small_args(oracle=True, inner_steps=1, eval_steps=2, train_alpha=True)
     env = gym.make_vec("point-goal-4c", num_envs=8 * args.rollouts, horizon=args.horizon)
     tasks = env.unwrapped.sample_tasks(8, np.random.default_rng(0))
     policy = promp.GaussianPolicy(2, 2, args)
@@ -222,6 +222,19 @@ def test_evaluation_uses_the_parameters_of_each_learner(monkeypatch):
     for k in range(3):
         assert metrics[f"eval/return_step_{k}"] == pytest.approx(arrays["returns"][k].mean())
     assert promp.evaluate(env, tasks, policy, agent, args)[0] == metrics
+
+
+def test_evaluation_with_another_step_size(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    args = small_args(inner_steps=1)
+    env = gym.make_vec("point-goal-4c", num_envs=4 * args.rollouts, horizon=args.horizon)
+    policy = promp.GaussianPolicy(2, 2, args)
+    agent = promp.make_agent(policy, 1, torch.Generator().manual_seed(0), args)
+    alphas, adapt = [], promp.adapt
+    monkeypatch.setattr(promp, "adapt", lambda *a: alphas.append(a[3]) or adapt(*a))
+    tasks = env.unwrapped.sample_tasks(4, np.random.default_rng(0))
+    promp.evaluate(env, tasks, policy, agent, dataclasses.replace(args, alpha=0.03))
+    assert len(alphas) == 1 and (alphas[0] == 0.03).all(), "what --evaluate RUN --alpha 0.03 asks for"
 
 
 def test_training_samples_with_the_parameters_of_each_learner(monkeypatch, tmp_path):

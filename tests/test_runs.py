@@ -82,13 +82,29 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> Path:
     raise AssertionError("the run does not come forward")
 
 
+@pytest.fixture(autouse=True)
+def restored():
+    """Signal handlers and torch's threads, which main changes."""
+    handlers, threads = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def main(*flags, script: str = "maml") -> None:
+    """`python algos/SCRIPT.py FLAGS` within this process, which saves the imports."""
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    runpy.run_path(str(ROOT / "algos" / f"{script}.py"), run_name="__main__")
+
+
 # -- every script ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", QUICK)
-def test_smoke_kill_resume_evaluate(script, tmp_path):
+def test_smoke_kill_resume_evaluate(script, tmp_path, capsys):
     flags = [*QUICK[script].split(), *EVERY]
-    run(script, *flags, "--run-dir", tmp_path / "whole")
+    main(*flags, "--run-dir", tmp_path / "whole", script=script)
     whole = only_run(tmp_path / "whole")
     files = {"args.json", "metrics.csv", "eval.csv", "eval.npz", "checkpoint.pt", "agent.pt"}
     assert files <= {p.name for p in whole.iterdir()} and list(whole.glob("events.out.tfevents*"))
@@ -108,36 +124,22 @@ def test_smoke_kill_resume_evaluate(script, tmp_path):
         begin = ["--resume", cut, "--save-every", 2]
     with (cut / "eval.csv").open("ab") as file:
         file.write(b"1\x00\xff")  # a row that the kill cut short
-    run(script, "--resume", cut)
+    main("--resume", cut, script=script)
     assert (cut / "eval.csv").read_text() == (whole / "eval.csv").read_text()
     tables = [rows(folder / "metrics.csv") for folder in (cut, whole)]
     logged = [[{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in table] for table in tables]
     assert logged[0] == logged[1]
 
     (whole / "checkpoint.pt").unlink()  # args.json and agent.pt are enough
-    output = run(script, "--evaluate", whole).stdout
+    capsys.readouterr()
+    main("--evaluate", whole, script=script)
+    output = capsys.readouterr().out
     for key in pooled:
         assert f"{key} {float(evaluations[-1][key]):.2f}\n" in output
     assert (whole / "eval.csv").read_text() == (cut / "eval.csv").read_text()
 
 
 # -- the last section, on the cheapest script --------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    """Signal handlers and torch's threads, which main changes."""
-    handlers, threads = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-
-
-def main(*flags) -> None:
-    """`python algos/maml.py FLAGS` within this process."""
-    sys.argv = ["maml.py", *map(str, flags)]
-    runpy.run_path(str(ROOT / "algos" / "maml.py"), run_name="__main__")
 
 
 def error(*flags) -> str:
