@@ -108,6 +108,27 @@ campaigns() {
   run ant-4m__mmaml__0 --iterations 90
   for env in reacher-4m ant-4m; do figure "$env"; done
 
+  campaign mmaml-regression '?' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
+  run functions-{2m,3m,5m}__mmaml_regression__0
+  for operator in softmax sigmoid; do
+    run functions-{2m,3m,5m}__mmaml_regression__0__"$operator" --modulation "$operator"
+  done
+  run functions-{2m,3m,5m}__mmaml_regression__0__lstm --inner-steps 0
+  run functions-{2m,3m,5m}__mmaml_regression__0__maml --modulation none
+  run functions-{2m,3m,5m}__mmaml_regression__0__multi --modulation none --oracle
+  for env in functions-{2m,3m,5m}; do
+    figure "$env"
+    figure "$env"-film "$env"__mmaml_regression__0
+  done
+
+  campaign mmaml-drawn '?' 'MMAML (FiLM, softmax), MAML and Multi-MAML on images that need no data, 3 seeds each'
+  run drawn-3m__mmaml_classification__{0,1,2}
+  run drawn-3m__mmaml_classification__{0,1,2}__softmax --modulation softmax
+  run drawn-3m__mmaml_classification__{0,1,2}__maml --modulation none
+  run drawn-3m__mmaml_classification__{0,1,2}__multi --modulation none --oracle
+  figure drawn-3m
+  figure drawn-3m-film drawn-3m__mmaml_classification__0
+
   campaign cml '12 hours' 'CML on ant-cheetah-dir: two beginnings, 2 seeds; Sec. 5.2.1; FCML; both on point-goal-4c'
   run ant-cheetah-dir__cml__{0,1}
   run ant-cheetah-dir__cml__0__task-specific --init task-specific

@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 
 NOT_THE_METHOD = {"script", "seed", "run_dir", "name", "resume", "evaluate", "device", "num_threads", "track"}
-NOT_THE_METHOD |= {"save_every", "eval_every", "eval_steps"}
+NOT_THE_METHOD |= {"save_every", "eval_every", "eval_steps", "eval_episodes", "data", "low_rank"}
 RETURN = re.compile(r"eval/return_(episode|step)_(\d+)(_cluster_\d+)?")
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
 COLOURS = {  # a method has one colour in all figures
@@ -64,8 +64,22 @@ SHAPES = {
     "train_cluster": ("training task",),
     "train_learner": ("training task",),
     "train_products": ("training task", "training task"),
+    "curves": ("stage", "shown task", "x"),
+    "truth": ("shown task", "x"),
+    "x": ("x",),
+    "support": ("shown task", "support point", "coordinate"),
+    "examples": ("mode", "image", "colour", "row", "column"),
 }
 NO_SHAPE = "alpha", "seed"  # a number, or several
+
+# What is known of environments that only their scripts know: names of their modes, and the variance of the noise.
+SUPERVISED = {"mmaml_regression", "mmaml_classification"}
+MODES = {
+    "functions": ("sine", "line", "parabola", "hyperbolic tangent", "absolute value"),
+    "images": ("OMNIGLOT", "MINI-IMAGENET", "FC100", "CUB", "AIRCRAFT"),
+    "drawn": ("digits", "letters", "stripes"),
+}
+NOISE = 0.09
 
 
 @dataclass
@@ -101,9 +115,9 @@ def read_args(run: Path) -> dict:
         args = json.loads((run / "args.json").read_text())
         if not all(isinstance(args[name], str) and args[name] for name in ("script", "env")):
             raise ValueError("script and env must be names")
-        counts = [args[name] for name in ("horizon", "eval_prior_episodes") if args.get(name) is not None]
+        counts = [args[name] for name in ("horizon", "eval_prior_episodes", "ways") if args.get(name) is not None]
         if any(type(n) is not int or n < 1 for n in counts):
-            raise ValueError("horizon and eval_prior_episodes must be positive integers")
+            raise ValueError("horizon, eval_prior_episodes and ways must be positive integers")
     return args
 
 
@@ -140,15 +154,21 @@ def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
     return table
 
 
-def read_arrays(path: Path, env: envs.TaskVectorEnv) -> dict[str, np.ndarray]:
-    """Of eval.npz what SHAPES and NO_SHAPE name."""
+def read_arrays(path: Path, env: envs.TaskVectorEnv | None) -> dict[str, np.ndarray]:
+    """Of eval.npz what SHAPES and NO_SHAPE name. env: None for SUPERVISED, in whose tasks nobody walks."""
+    clusters, needed, sizes = 5, {"params", "cluster"}, dict(weight=2, stage=3, colour=3)
+    if env is None:
+        sizes |= dict(coordinate=2)
+    else:
+        clusters, needed = env.num_clusters, needed | {"trace"}
+        sizes |= dict(parameter=env.task_dim, action=env.action_dim, coordinate=min(2, env.obs_dim))
     with blame(f"{path} is damaged"):
         with np.load(path) as file:
             data = {name: file[name] for name in (*SHAPES, *NO_SHAPE) if name in file.files}
-        needed = {"params", "cluster", "trace"} | ({"belief_std"} if "belief_mean" in data else set())
+        needed |= {"belief_std"} if "belief_mean" in data else set()
+        needed |= {"truth", "x", "support"} if "curves" in data else set()
         if missing := sorted(needed - data.keys()):
             raise ValueError(f"it has no {', '.join(missing)}")
-        sizes = dict(parameter=env.task_dim, action=env.action_dim, coordinate=min(2, env.obs_dim), weight=2)
         for name, array in data.items():
             shape = SHAPES.get(name, array.shape)
             known = [sizes.setdefault(size, n) for size, n in zip(shape, array.shape)]
@@ -156,8 +176,8 @@ def read_arrays(path: Path, env: envs.TaskVectorEnv) -> dict[str, np.ndarray]:
                 raise ValueError(f"{name} has shape {list(array.shape)}, not [{', '.join(map(str, shape))}]")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not made of finite numbers")
-        if not np.isin(data["cluster"], range(env.num_clusters)).all():
-            raise ValueError(f"cluster holds other numbers than 0 to {env.num_clusters - 1}")
+        if not np.isin(data["cluster"], range(clusters)).all():
+            raise ValueError(f"cluster holds other numbers than 0 to {clusters - 1}")
     return data | {"cluster": data["cluster"].astype(int)}
 
 
@@ -411,7 +431,7 @@ def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     save(figure, path)
 
 
-def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+def embedding(env: str, data: dict[str, np.ndarray], path: Path, names: list[str] | None = None) -> None:
     """PCA and t-SNE of what the method knows of each task after the first episode (PEARL: after the last).
 
     Colour inferred, shape true cluster. Where no clusters are inferred, the colour is the true cluster too.
@@ -419,12 +439,19 @@ def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     points = data["embedding"]  # [task, dim]
     points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
     colours, which = shown_cluster(data)
-    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(10, len(points) - 1), random_state=0)}
+    many = len(points) > 100
+    perplexity = min(30 if many else 10, len(points) - 1)
+    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=perplexity, random_state=0)}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
     for axis, (name, method) in zip(axes, maps.items()):
-        for (x, y), colour, true in zip(method.fit_transform(points), colours, data["cluster"]):
-            axis.plot(x, y, "os^Dv<>"[true % 7], color=CLUSTER_COLOURS[colour % 10], markersize=6, alpha=0.8)
+        plane = method.fit_transform(points)
+        for true in np.unique(data["cluster"]):
+            mine = data["cluster"] == true
+            style = dict(marker="os^Dv<>"[true % 7], s=6 if many else 36, alpha=0.8, label=names and names[true])
+            axis.scatter(*plane[mine].T, c=[CLUSTER_COLOURS[c % 10] for c in colours[mine]], **style)
         axis.set_title(f"{name} of the task embeddings")
+    if names:
+        legend_below(figure, axes[0], columns=5)
     figure.suptitle(f"{env}: colour {which}, shape true cluster")
     save(figure, path)
 
@@ -504,6 +531,111 @@ def learned_rates(env: str, rates: str, table: dict[str, np.ndarray], path: Path
     save(figure, path)
 
 
+def mode_name(env: str, mode: int) -> str:
+    """Of environments that are known to their scripts alone."""
+    names = MODES.get(env.split(":")[-1].split("-")[0], ())
+    return names[mode] if mode < len(names) else f"cluster {mode}"
+
+
+def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]], path: Path) -> None:
+    """MMAML's regression (error) and classification (accuracy): all held-out tasks, and those of every mode.
+
+    Solid: after all gradient steps; dotted: before them, after modulation alone where there is one.
+    """
+    env, is_error = settings[0]["env"], settings[0]["script"] == "mmaml_regression"
+    sign = -1 if is_error else 1
+    tables = [{k: sign * v if RETURN.fullmatch(k) else v for k, v in table.items()} for table in tables]
+    compared = methods(settings, tables)
+    for method, colour in zip(compared, itertools.cycle(CLUSTER_COLOURS)):
+        method.colour = colour  # of one script: shades would be too near
+    modes = sorted({match[3] for t in tables for k in t if (match := RETURN.fullmatch(k)) and match[3]})
+    titles = {"": "all"} | {suffix: mode_name(env, int(suffix.removeprefix("_cluster_"))) for suffix in modes}
+    anchors = {"noise": NOISE} if is_error else {}
+    if settings[0].get("ways"):
+        anchors["chance"] = 1 / settings[0]["ways"]
+    width = len(titles) if len(titles) % 3 else 3
+    shape, size = (len(titles) // width, width), (3 * width, 2.6 * (len(titles) // width) + 0.6)
+    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, (suffix, title) in zip(axes.flat, titles.items()):
+        for method in compared:
+            first, last = (method.returns()[k] + suffix for k in (0, -1))
+            draw_method(axis, method, last, aligned=False)
+            for table in method.tables:
+                if first != last and first in table:
+                    axis.plot(table["charts/frames"], table[first], ":", color=method.colour, linewidth=1)
+        for name, level in anchors.items():
+            axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"{name}: {level:.2f}")
+        axis.set(title=title, yscale="log" if is_error else "linear")
+    for axis in axes[-1]:
+        axis.set_xlabel("points seen" if is_error else "images seen")
+        axis.locator_params(axis="x", nbins=4)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean squared error" if is_error else "accuracy")
+    legend_below(figure, axes[0][0], columns=2)
+    figure.suptitle(f"{env}: held-out tasks after all gradient steps (dotted: before them)")
+    save(figure, path)
+
+
+def legend_below(figure: plt.Figure, axis: plt.Axes, columns: int) -> None:
+    """One legend for all panels, of what the first has."""
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=columns, fontsize=8
+    )
+
+
+def fitted_curves(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """Four test functions of every family (rows): support points, and what is predicted at every stage."""
+    cluster, curves = data["cluster"][: len(data["truth"])], data["curves"]  # curves [stage, shown task, x]
+    modulated, adapted = (not np.array_equal(*pair) for pair in itertools.pairwise(curves))
+    stages = {"before modulation" if modulated else "before adaptation": (curves[0], "0.7")}
+    stages |= {"after modulation": (curves[1], "C1")} if modulated else {}
+    stages |= {"after adaptation": (curves[2], "C0")} if adapted else {}
+    families = np.unique(cluster)
+    figure, axes = plt.subplots(len(families), 4, figsize=(11, 2.1 * len(families)), sharex=True, squeeze=False)
+    for row, family in zip(axes, families):
+        for axis, i in zip(row, np.flatnonzero(cluster == family)):
+            truth, (x, y) = data["truth"][i], data["support"][i].T
+            axis.plot(data["x"], truth, color="0.4", linestyle="--", linewidth=1, label="function")
+            for stage, (values, colour) in stages.items():
+                axis.plot(data["x"], values[i], color=colour, linewidth=1.2, label=stage)
+            axis.plot(x, y, "o", color="black", markersize=3.5, label="support points")
+            inside = np.concatenate([truth, y, curves[2, i]])  # what comes before may fall out of the picture
+            margin = 0.2 * np.ptp(inside) + 0.2
+            axis.set_ylim(inside.min() - margin, inside.max() + margin)
+        row[0].set_ylabel(mode_name(env, family))
+    legend_below(figure, axes[0][0], columns=5)
+    figure.suptitle(env)
+    save(figure, path)
+
+
+def examples(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """The support images of a test task of every data set, a row each."""
+    images = data["examples"].transpose(0, 1, 3, 4, 2)  # [mode, image, row, column, colour]
+    figure, axes = plt.subplots(*images.shape[:2], figsize=(images.shape[1], len(images)), squeeze=False)
+    for mode, row in enumerate(axes):
+        for axis, image in zip(row, images[mode]):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(mode_name(env, mode))
+    figure.suptitle(f"{env}: the support images of a task of every data set")
+    save(figure, path)
+
+
+def supervised(settings: list[dict], tables: list[dict], data: dict[str, np.ndarray], out: Path) -> None:
+    """The figures of mmaml_regression.py and mmaml_classification.py; without data, the learning curves alone."""
+    for key, what in dict(script="scripts", env="environments", shots="shots", ways="ways").items():
+        if len(values := {str(args.get(key)) for args in settings}) > 1:
+            raise Unusable(f"runs of different {what} on one figure: {', '.join(sorted(values))}")
+    env = settings[0]["env"]
+    supervised_curves(settings, tables, out / "learning_curve.png")
+    if "curves" in data:
+        fitted_curves(env, data, out / "curves.png")
+    if "examples" in data:
+        examples(env, data, out / "examples.png")
+    if "embedding" in data and len(data["embedding"]) > 2:
+        embedding(env, data, out / "embedding.png", [mode_name(env, m) for m in range(5)])
+
+
 def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -525,11 +657,14 @@ def draw(options: Options) -> None:
         with plt.rc_context(STYLE):
             return reaching(table, run, out / "reaching.png")
     tables = [read_csv(run / "eval.csv") for run in options.runs]
-    env = make_env(settings[0])
+    is_supervised = not SUPERVISED.isdisjoint(args["script"] for args in settings)
+    env = None if is_supervised else make_env(settings[0])
     if len(options.runs) == 1 and (run / "eval.npz").exists():
         data = read_arrays(run / "eval.npz", env)
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
+        if is_supervised:
+            return supervised(settings, tables, data, out)
         learning_curves(env, settings, tables, out)
         goals = "goal" in name or isinstance(env, envs.modes.Modes)
         if goals and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:

@@ -183,6 +183,19 @@ def main() -> None:
             for copies in (16, 320):
                 add(f"physics limit {env_id}", copies, physics_limit(env_id, copies))
 
+    # No physics here: copies are tasks, updates_per_s meta-iterations with second derivatives of five inner steps
+    for what, tasks, flags in (
+        ("mmaml_regression.py functions-5m, MMAML", 125, []),
+        ("mmaml_regression.py functions-5m, MMAML, a copy of θ for every task", 125, ["--no-low-rank"]),
+        ("mmaml_regression.py functions-5m, MAML", 125, ["--modulation", "none"]),
+        ("mmaml_classification.py drawn-3m, MMAML", 6, ["--eval-episodes", "2"]),
+    ):
+        median = measure(what.split(".py")[0], 10, ["--iterations", "40", *flags])
+        sample, update = median["time/sample"], median["time/update"]
+        columns = {"sample_s": round(sample, 4), "update_s": round(update, 4)}
+        columns |= {"updates_per_s": round(1 / (sample + update), 2)}
+        add(what, tasks, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
+
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
         file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -482,3 +482,141 @@ def test_the_herd_is_drawn_from_inner_products(tmp_path, drawn):
     data["train_learner"][:] = 0  # still the probe's
     plot.main(plot.Options([make_run(tmp_path / "probe", "hom", kind="step", ks=(0, 1), data=data)]))
     assert "herd.png" not in drawn
+
+
+# -- MMAML's regression and classification -----------------------------------------------------------------------------
+
+
+def functions(modulated=True, adapted=True) -> dict[str, np.ndarray]:
+    """Of eight tasks of two families: before modulation 0, after it half of what is true, after adaptation all."""
+    cluster, x = np.arange(8) % 2, np.linspace(-5, 5, 11)
+    truth = (1 + np.arange(8))[:, None] * x
+    curves = np.stack([0 * truth, truth / 2 if modulated else 0 * truth, truth])
+    curves[2] = truth if adapted else curves[1]
+    support = np.stack([np.tile(x[::2], (8, 1)), truth[:, ::2]], -1)
+    data = dict(params=np.zeros((8, 4)), cluster=cluster, x=x, truth=truth, curves=curves, support=support)
+    return data | (dict(embedding=np.eye(8)) if modulated else {})
+
+
+def images(tasks: int = 8) -> dict[str, np.ndarray]:
+    cluster = np.arange(tasks) % 2
+    data = dict(params=np.zeros((tasks, 2)), cluster=cluster, examples=np.linspace(0, 1, 2 * 5 * 3 * 16))
+    data["examples"] = data["examples"].reshape(2, 5, 3, 4, 4)
+    return data | dict(embedding=np.random.default_rng(0).normal(size=(tasks, 4)))
+
+
+def make_supervised(path: Path, kind="regression", modes=2, ks=(0, 1, 2), **args) -> Path:
+    args = (dict(env=f"functions-{modes}m") if kind == "regression" else dict(env="drawn-3m", ways=5)) | args
+    return make_run(path, f"mmaml_{kind}", kind="step", ks=ks, clusters=modes if modes > 1 else 0, shots=1, **args)
+
+
+STAGES = {  # what of it there is; what is drawn, and which of the curves it is
+    "MMAML": (dict(), {"before modulation": 0, "after modulation": 1, "after adaptation": 2}),
+    "MAML": (dict(modulated=False), {"before adaptation": 0, "after adaptation": 2}),
+    "LSTM learner": (dict(adapted=False), {"before modulation": 0, "after modulation": 1}),
+}
+
+
+@pytest.mark.parametrize("method", STAGES)
+def test_functions_are_drawn_at_every_stage(tmp_path, drawn, method):
+    form, stages = STAGES[method]
+    data = functions(**form)
+    plot.main(plot.Options([make_supervised(tmp_path / "run", data=data)]))
+    assert set(drawn) == {"learning_curve.png", "curves.png", *(["embedding.png"] if "embedding" in data else [])}
+    axes = drawn["curves.png"].axes
+    assert [axis.get_ylabel() for axis in axes] == ["sine", "", "", "", "line", "", "", ""]
+    shown = {line.get_label(): line for line in axes[6].get_lines()}  # the third task of the second family
+    assert list(shown) == ["function", *stages, "support points"]
+    np.testing.assert_array_equal(shown["function"].get_ydata(), data["truth"][5])
+    np.testing.assert_array_equal(shown["support points"].get_xydata(), data["support"][5])
+    for stage, k in stages.items():
+        np.testing.assert_array_equal(shown[stage].get_ydata(), data["curves"][k, 5])
+
+
+@pytest.mark.parametrize("modes, titles", [(1, ["all"]), (2, ["all", "sine", "line"]), (3, None), (5, None)])
+def test_errors_of_every_family(tmp_path, drawn, modes, titles):
+    run = make_supervised(tmp_path / "run", modes=modes)
+    plot.main(plot.Options([run]))
+    assert set(drawn) == {"learning_curve.png"}
+    axes, rows = drawn["learning_curve.png"].axes, plot.read_csv(run / "eval.csv")
+    assert len(axes) == modes + (modes > 1) and (titles is None or [axis.get_title() for axis in axes] == titles)
+    for axis, suffix in zip(axes, ["", *(f"_cluster_{m}" for m in range(modes))]):
+        after, before = lines(axis, "mmaml_regression (1 seed)")
+        np.testing.assert_array_equal(after.get_ydata(), -rows[f"eval/return_step_2{suffix}"])
+        np.testing.assert_array_equal(before.get_ydata(), -rows[f"eval/return_step_0{suffix}"])
+        assert before.get_linestyle() == ":" and axis.get_yscale() == "log"
+        assert axis.get_lines()[-1].get_label() == "noise: 0.09"
+
+
+def test_methods_of_one_script_have_colours_of_their_own(tmp_path, drawn):
+    """Seeds are one method; the LSTM learner has one line, for it takes no step."""
+    film = [make_supervised(tmp_path / f"film{seed}", seed=seed, modulation="film", inner_steps=2) for seed in (0, 1)]
+    maml = make_supervised(tmp_path / "maml", modulation="none", inner_steps=2)
+    lstm = make_supervised(tmp_path / "lstm", ks=(0,), modulation="film", inner_steps=0)
+    plot.main(plot.Options([*film, maml, lstm]))
+    assert set(drawn) == {"learning_curve.png"}
+    axis = drawn["learning_curve.png"].axes[0]
+    names = "film inner_steps=2", "none", "film inner_steps=0"
+    drawn_lines = [lines(axis, f"mmaml_regression modulation={name}") for name in names]
+    assert [len(found) for found in drawn_lines] == [5, 2, 1], "mean, two seeds after and before; after and before; one"
+    assert len({found[0].get_color() for found in drawn_lines}) == 3
+
+
+def test_accuracies_and_images_of_every_data_set(tmp_path, drawn):
+    data = images(tasks=120)
+    run = make_supervised(tmp_path / "run", "classification", ks=(0, 5), data=data)
+    plot.main(plot.Options([run]))
+    assert set(drawn) == {"learning_curve.png", "examples.png", "embedding.png"}
+    axes, rows = drawn["learning_curve.png"].axes, plot.read_csv(run / "eval.csv")
+    assert [axis.get_title() for axis in axes] == ["all", "digits", "letters"]
+    after, before = lines(axes[2], "mmaml_classification")
+    np.testing.assert_array_equal(after.get_ydata(), rows["eval/return_step_5_cluster_1"])
+    np.testing.assert_array_equal(before.get_ydata(), rows["eval/return_step_0_cluster_1"])
+    assert axes[0].get_yscale() == "linear" and axes[0].get_lines()[-1].get_label() == "chance: 0.20"
+    pictures = drawn["examples.png"].axes
+    np.testing.assert_array_equal(pictures[7].get_images()[0].get_array(), data["examples"][1, 2].transpose(1, 2, 0))
+    assert [axis.get_ylabel() for axis in pictures[::5]] == ["digits", "letters"]
+    for axis in drawn["embedding.png"].axes:
+        found = {str(points.get_label()): len(points.get_offsets()) for points in axis.collections}
+        assert found == {"digits": 60, "letters": 60}
+
+
+def test_modes_without_a_name_have_their_number(tmp_path, drawn):
+    run = make_supervised(tmp_path / "run", "classification", env="mine:my-images-2m", data=images())
+    plot.main(plot.Options([run]))
+    assert [axis.get_title() for axis in drawn["learning_curve.png"].axes] == ["all", "cluster 0", "cluster 1"]
+
+
+OTHERS = {  # what differs, and the error
+    "scripts": (dict(kind="classification", env="functions-2m"), "different scripts"),
+    "environments": (dict(modes=3), "different environments on one figure: functions-2m, functions-3m"),
+    "another family of scripts": (None, "different scripts on one figure: maml, mmaml_regression"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_supervised_runs_that_do_not_compare(tmp_path, case):
+    change, expected = OTHERS[case]
+    other = make_run(tmp_path / "b", "maml") if change is None else make_supervised(tmp_path / "b", **change)
+    assert expected in error(make_supervised(tmp_path / "a"), other)
+
+
+BAD_SUPERVISED = {  # what changes in eval.npz, part of the error
+    "no truth": (dict(truth=None), "it has no truth"),
+    "no support": (dict(support=None), "it has no support"),
+    "two stages": (dict(curves=functions()["curves"][:2]), "curves has shape [2, 8, 11], not [stage, shown task, x]"),
+    "another grid": (dict(x=np.zeros(10)), "has shape"),
+    "support without y": (dict(support=np.zeros((8, 5, 1))), "support has shape [8, 5, 1]"),
+    "nan": (dict(truth=functions()["truth"] * np.nan), "truth is not made of finite numbers"),
+    "an unknown family": (dict(cluster=np.full(8, 5)), "other numbers than 0 to 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SUPERVISED)
+def test_bad_arrays_of_functions_get_one_line(tmp_path, case):
+    change, expected = BAD_SUPERVISED[case]
+    data = {name: array for name, array in (functions() | change).items() if array is not None}
+    run = make_supervised(tmp_path / "run", data=data)
+    message = error(run)
+    assert "eval.npz is damaged" in message and expected in message
+    assert not (run / "figures").exists()

@@ -35,6 +35,10 @@ QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after
     "fcml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 20 --warmup 2 --epsilon 0 --tune-steps 3",
     "mmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 50 --adapt-eta --train-alpha "
     "--encoder-width 16",
+    "mmaml_regression": "--env functions-2m --iterations 12 --tasks 4 --hidden 8 8 --modulated-layers 2 "
+    "--lstm-hidden 4",
+    "mmaml_classification": "--iterations 12 --tasks 3 --img-size 8 --channels 4 4 --embedding 4 --horizon 3 "
+    "--eval-episodes 2",
     "hom": "--env ml2 --iterations 12 --probe-iterations 3 --train-tasks 8 --tasks 4 --rollouts 3 --inner-steps 2 "
     "--horizon 50 --embedding full",
     "rmaml_reaching": "--iterations 12 --repeats 2 --tasks 8",
