@@ -26,7 +26,7 @@ campaigns() {
   run point-goal-4c__varibad__{0,1,2}__oracle --oracle
   figure point-goal-4c results/pearl/point-goal-4c__*
 
-  campaign ant '?' 'the same without PEARL on ant-goal-4c, 3 seeds and 10 million frames each'
+  campaign ant '18 hours' 'the same without PEARL on ant-goal-4c, 3 seeds and 10 million frames each'
   run ant-goal-4c__{milet,varibad,rl2}__{0,1,2} --frames 10000000
   run ant-goal-4c__varibad__{0,1,2}__oracle --oracle --frames 10000000
   figure ant-goal-4c
@@ -108,7 +108,7 @@ campaigns() {
   run ant-4m__mmaml__0 --iterations 90
   for env in reacher-4m ant-4m; do figure "$env"; done
 
-  campaign mmaml-regression '?' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
+  campaign mmaml-regression '25 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
   run functions-{2m,3m,5m}__mmaml_regression__0
   for operator in softmax sigmoid; do
     run functions-{2m,3m,5m}__mmaml_regression__0__"$operator" --modulation "$operator"
@@ -121,7 +121,7 @@ campaigns() {
     figure "$env"-film "$env"__mmaml_regression__0
   done
 
-  campaign mmaml-drawn '?' 'MMAML (FiLM, softmax), MAML and Multi-MAML on images that need no data, 3 seeds each'
+  campaign mmaml-drawn '2 hours' 'MMAML (FiLM, softmax), MAML and Multi-MAML on images that need no data, 3 seeds each'
   run drawn-3m__mmaml_classification__{0,1,2}
   run drawn-3m__mmaml_classification__{0,1,2}__softmax --modulation softmax
   run drawn-3m__mmaml_classification__{0,1,2}__maml --modulation none
@@ -149,6 +149,20 @@ campaigns() {
   campaign pearl-mujoco '2 hours' 'PEARL on cheetah-dir, 60 iterations'
   run cheetah-dir__pearl__0 --iterations 60 --eval-every 2
   figure cheetah-dir
+
+  campaign sop '8 hours' 'SoP, an oracle and PEARL on ml2, a third of the default budget; its embeddings by an early probe'
+  run ml2__sop__0 --iterations 50 --probe-iterations 17
+  run ml2__sop__0__early --iterations 2 --probe-iterations 1
+  run ml2__sop__0__oracle --iterations 33 --probe-iterations 1 --oracle
+  run ml2__pearl__0 --iterations 52
+  figure ml2 ml2__{sop__0,sop__0__oracle,pearl__0}
+  figure embeddings ml2__sop__0
+  figure embeddings-early ml2__sop__0__early
+
+  campaign metacure '3.5 hours' 'MetaCURE on the sparse point, 3 seeds, and the sparse half-cheetah, 30 iterations'
+  run point-goal-sparse__metacure__{0,1,2}
+  run cheetah-vel-sparse__metacure__0 --iterations 30
+  for env in point-goal-sparse cheetah-vel-sparse; do figure "$env"; done
 
   campaign speed '50 minutes' 'physics limits, and the share that the scripts reach, into results/speed.csv (all cores)'
   after speed python results/speed.py

@@ -27,8 +27,8 @@ from scipy.stats import bootstrap
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.metrics import normalized_mutual_info_score as nmi
-from sklearn.metrics import silhouette_score
 
 import envs
 
@@ -64,12 +64,14 @@ SHAPES = {
     "train_cluster": ("training task",),
     "train_learner": ("training task",),
     "train_products": ("training task", "training task"),
+    "train_points": ("kind", "training task", "component"),
     "curves": ("stage", "shown task", "x"),
     "truth": ("shown task", "x"),
     "x": ("x",),
     "support": ("shown task", "support point", "coordinate"),
     "examples": ("mode", "image", "colour", "row", "column"),
 }
+HERD_EMBEDDINGS = "fisher", "state-next-state", "latent", "gradient"  # the kinds of train_points
 NO_SHAPE = "alpha", "seed"  # a number, or several
 
 # What is known of environments that only their scripts know: names of their modes, and the variance of the noise.
@@ -467,7 +469,7 @@ def reward_weights(data: dict[str, np.ndarray], path: Path) -> None:
 
 
 def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """PCA and t-SNE of HoM's training tasks, from the inner products of their embeddings; silhouettes over clusters.
+    """PCA and t-SNE of what HoM and SoP cluster, from the inner products of the embeddings; silhouettes over clusters.
 
     Colour member, shape true cluster. The members' number of clusters is the filled point.
     """
@@ -479,7 +481,7 @@ def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     for axis, (name, method) in zip(axes, maps.items()):
         for (x, y), m, c in zip(method.fit_transform(points), member, true):
             axis.plot(x, y, "os^Dv<>"[c % 7], color=CLUSTER_COLOURS[(m - 1) % 10], markersize=4, alpha=0.7)
-        axis.set_title(f"{name} of {len(points)} training tasks")
+        axis.set_title(f"{name} of {len(points)} embeddings")
     clusters = range(2, min(7, len(points)))
     scores = [silhouette_score(points, AgglomerativeClustering(k).fit_predict(points)) for k in clusters]
     axes[2].plot(clusters, scores, "o-", markerfacecolor="white")
@@ -487,6 +489,21 @@ def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
         axes[2].plot(member.max(), scores[member.max() - 2], "oC0")
     axes[2].set(xlabel="clusters", ylabel="silhouette", title="Ward's clusters")
     figure.suptitle(f"{env}: colour member, shape true cluster, NMI {nmi(true, member):.2f}")
+    save(figure, path)
+
+
+def herd_embeddings(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """Herd's Fig. 3 and 4: PCA and t-SNE of SoP's points by each embedding; colour Ward's cluster, shape true one."""
+    true, k = data["train_cluster"].astype(int), int(data["train_learner"].max())
+    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(30, len(true) - 1), random_state=0)}
+    figure, axes = plt.subplots(2, len(data["train_points"]), figsize=(13, 6.4), squeeze=False)
+    for column, name, points in zip(axes.T, HERD_EMBEDDINGS, data["train_points"]):
+        found = AgglomerativeClustering(k).fit_predict(points)
+        for axis, (kind, method) in zip(column, maps.items()):
+            for (x, y), m, c in zip(method.fit_transform(points), found, true):
+                axis.plot(x, y, "os^Dv<>"[c % 7], color=CLUSTER_COLOURS[m % 10], markersize=4, alpha=0.7)
+            axis.set_title(f"{kind}, {name}, ARI {adjusted_rand_score(true, found):.2f}")
+    figure.suptitle(f"{env}: colour cluster, shape true cluster")
     save(figure, path)
 
 
@@ -677,6 +694,8 @@ def draw(options: Options) -> None:
             embedding(name, data, out / "embedding.png")
         if "train_products" in data and data["train_learner"].any():
             herd(name, data, out / "herd.png")
+            if "train_points" in data:
+                herd_embeddings(name, data, out / "embeddings.png")
         if "vel" in name and "returns" in data:
             return_by_velocity(name, data, out / "return_by_velocity.png")
         if len(options.runs) == 1 and settings[0]["script"] == "rmaml" and (run / "metrics.csv").exists():

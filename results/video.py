@@ -2,7 +2,7 @@
 
     python results/video.py RUN               RUN/figures/video.gif
 
-Of milet.py, varibad.py, rl2.py and pearl.py, whose eval.npz holds actions; the gradient-based scripts keep none.
+Of the scripts whose eval.npz holds actions: milet.py, varibad.py, rl2.py, pearl.py, sop.py, metacure.py.
 The actions that the last evaluation wrote into eval.npz are taken again, from the same starts; so the film shows the
 very episodes of its returns, and needs no weights. Goals, directions and velocities are drawn in red. Robots are
 rendered by OpenGL, without a display too: through EGL or OSMesa (MUJOCO_GL chooses).

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "differences.md"
 PAIRS = [
     ("milet", "varibad"), ("varibad", "rl2"), ("milet", "rl2"), ("maml", "promp"), ("maml", "cml"), ("cml", "fcml"),
-    ("maml", "rmaml"), ("maml", "hom"), ("promp", "mmaml"),
+    ("maml", "rmaml"), ("maml", "hom"), ("promp", "mmaml"), ("pearl", "sop"), ("pearl", "metacure"),
 ]  # fmt: skip
 TABLE = re.compile(r"(?<=<!-- table -->\n\n).*?(?=\n<!-- end -->)", re.S)
 
@@ -63,8 +63,11 @@ def test_changes_are_counted():
 
 
 def test_a_derived_script_is_a_small_edit():
-    """Outside the header and the algorithm's own sections most lines are the base's (RL2's is VariBAD)."""
-    for base, derived in set(PAIRS) - {("milet", "rl2")}:
+    """Outside the header and the algorithm's own sections most lines are the base's.
+
+    But for RL2's, which is VariBAD, and MetaCURE's, whose two agents and ordered contexts half of PEARL does not fit.
+    """
+    for base, derived in set(PAIRS) - {("milet", "rl2"), ("pearl", "metacure")}:
         before, after = sections(base), sections(derived)
         names = set(before) - {"header", "the algorithm's own sections"}
         added = sum(change(before[name], after[name])[1] for name in names)

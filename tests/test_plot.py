@@ -484,6 +484,20 @@ def test_the_herd_is_drawn_from_inner_products(tmp_path, drawn):
     assert "herd.png" not in drawn
 
 
+def test_the_herd_is_drawn_by_every_embedding(tmp_path, drawn):
+    """One that shows the true clusters, and three that show nothing."""
+    rng, true = np.random.default_rng(0), np.repeat([0, 1], 15)
+    points = rng.normal(size=(4, 30, 3)) + np.array([0, 0, 9, 0])[:, None, None] * true[:, None]
+    data = arrays("point-goal-4c", states=H) | dict(learner=np.ones(32, int), train_points=points)
+    data |= dict(train_products=points[0] @ points[0].T, train_cluster=true, train_learner=1 + true)
+    plot.main(plot.Options([make_run(tmp_path / "run", "sop", data=data)]))
+    pca, tsne = np.reshape(drawn["embeddings.png"].axes, (2, 4))
+    scores = [float(axis.get_title().split()[-1]) for axis in pca]
+    assert scores[2] == 1 > 0.5 > max(scores[:2] + scores[3:]) and "latent" in tsne[2].get_title()
+    colours = [line.get_color() for line in tsne[2].get_lines()]
+    assert len(colours) == 30 and len(set(colours[:15])) == 1 and len(set(colours)) == 2
+
+
 # -- MMAML's regression and classification -----------------------------------------------------------------------------
 
 

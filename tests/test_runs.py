@@ -45,6 +45,12 @@ QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after
     "pearl": "--env ml2 --iterations 12 --train-tasks 4 --horizon 50 --initial-steps 100 --visits 2 --prior-steps 100 "
     "--posterior-steps 100 --extra-steps 50 --gradient-steps 3 --batch 16 --context 16 --meta-batch 4 --hidden 16 16 "
     "--encoder-hidden 16",
+    "sop": "--env ml2 --iterations 12 --probe-iterations 3 --train-tasks 4 --embed-repeats 4 --horizon 50 "
+    "--initial-steps 100 --visits 2 --prior-steps 100 --extra-steps 50 --gradient-steps 3 --batch 16 --context 16 "
+    "--hidden 16 16 --encoder-hidden 16",
+    "metacure": "--env ml2 --iterations 12 --train-tasks 4 --horizon 20 --explorer-episodes 2 --initial-trials 1 "
+    "--initial-steps 20 --visits 2 --trials 2 --prior-steps 20 --posterior-steps 40 --gradient-steps 3 --batch 16 "
+    "--meta-batch 4 --hidden 16 16 --id-hidden 16 --encoder-hidden 16",
 }
 EVERY = "--eval-every 1 --save-every 2 --num-threads 1".split()
 CLOCK = ("charts/sps", "time/")

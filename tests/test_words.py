@@ -34,6 +34,11 @@ SHORT = {  # flags of a short run
     "rmaml_reaching": "--iterations 2 --repeats 2",
     "pearl": "--iterations 2 --train-tasks 2 --horizon 20 --initial-steps 40 --prior-steps 40 --extra-steps 40 "
     "--gradient-steps 2 --meta-batch 2",
+    "sop": "--iterations 2 --probe-iterations 1 --train-tasks 4 --embed-repeats 2 --horizon 20 --initial-steps 40 "
+    "--visits 4 --prior-steps 40 --extra-steps 40 --gradient-steps 2 --meta-batch 2",
+    "metacure": "--iterations 2 --train-tasks 4 --horizon 20 --explorer-episodes 1 --initial-trials 1 "
+    "--initial-steps 20 --visits 2 --trials 1 --prior-steps 20 --posterior-steps 40 --gradient-steps 2 "
+    "--meta-batch 2 --batch 16",
 }
 COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
 
