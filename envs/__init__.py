@@ -4,10 +4,10 @@ import gymnasium as gym
 
 from envs.ant import Ant1M, Ant2M, Ant4M, AntDir, AntGoal4C, AntGoalPartial4C, AntGoalU
 from envs.base import MujocoVectorEnv, SingleEnv, Tasks, TaskVectorEnv
-from envs.half_cheetah import CheetahDir, CheetahVel, CheetahVelNoise
+from envs.half_cheetah import CheetahDir, CheetahVel, CheetahVelNoise, CheetahVelSparse
 from envs.humanoid import HumanoidDir4C, HumanoidDirSparse4C
 from envs.mixed import ML2, AntCheetahDir
-from envs.point import Point1M, Point2M, Point4M, Point6M, Point6MFar, PointGoal4C
+from envs.point import Point1M, Point2M, Point4M, Point6M, Point6MFar, PointGoal4C, PointGoalSparse
 from envs.rand_params import HopperParams4C, WalkerParams4C
 from envs.reacher import Reacher1M, Reacher2M, Reacher4M, Reacher6M, Reacher6MBug
 from envs.walker2d import WalkerDir
@@ -23,9 +23,11 @@ ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
     "hopper-params-4c": HopperParams4C,  # MILET
     "walker-params-4c": WalkerParams4C,  # MILET
     "point-goal-4c": PointGoal4C,  # ours
+    "point-goal-sparse": PointGoalSparse,  # MetaCURE
     "cheetah-dir": CheetahDir,  # ProMP, CML
     "cheetah-vel": CheetahVel,  # MAML, RMAML
     "cheetah-vel-noise": CheetahVelNoise,  # RMAML
+    "cheetah-vel-sparse": CheetahVelSparse,  # MetaCURE
     "ant-dir": AntDir,  # ProMP, CML
     "walker-dir": WalkerDir,  # ProMP, Herd
     "ant-cheetah-dir": AntCheetahDir,  # CML

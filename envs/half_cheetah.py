@@ -1,4 +1,4 @@
-"""The half-cheetah that must run in a direction (ProMP, CML) or at a velocity (MAML, RMAML)."""
+"""The half-cheetah that must run in a direction (ProMP, CML) or at a velocity (MAML, RMAML, MetaCURE)."""
 
 import numpy as np
 
@@ -78,3 +78,19 @@ class CheetahVelNoise(CheetahVel):
 
     def nearest_cluster(self, params):
         return (params[:, 0] > 2.5).astype(int)
+
+
+class CheetahVelSparse(CheetahVel):
+    """`cheetah-vel-sparse`: MetaCURE's; target velocities v ~ U(0, 3) m/s, felt only near them.
+
+    Observation as `cheetah-vel`. Reward: 2 - |dx/dt - v| where that is at least 1.5, else 0, and - 0.05 |a|^2.
+    Episode: 64 steps of 0.05 s, no termination.
+    """
+
+    horizon = 64
+
+    def draw(self, cluster, rng):
+        return rng.uniform(0, 3, (len(cluster), 1))
+
+    def velocity_reward(self, error):
+        return np.where(np.abs(error) <= 0.5, 2 - np.abs(error), 0)

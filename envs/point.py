@@ -1,5 +1,5 @@
-"""2-D points: one that moves 0.1 x action a step, with MILET's four goal clusters in seconds instead of hours; and
-MMAML's, which the action accelerates."""
+"""2-D points: those that move 0.1 x action a step, with MILET's four goal clusters in seconds instead of hours, or
+MetaCURE's goals that are felt only nearby; and MMAML's, which the action accelerates."""
 
 import numpy as np
 
@@ -52,6 +52,26 @@ class PointGoal4C(TaskVectorEnv):
                 column, row = np.clip([100 + self.scale * x, 100 - self.scale * y], 4, 195).astype(int)
                 frame[row - 4 : row + 5, column - 4 : column + 5] = colour
         return tuple(frames)
+
+
+class PointGoalSparse(PointGoal4C):
+    """`point-goal-sparse`: MetaCURE's; goals (cos pi s, sin pi s), s ~ U(0, 1), on half a circle; no clusters.
+
+    Observation: position [2]. Reward: 1 - |x - g|_2 where that is at least 0.7, else 0, x after the step.
+    Episode: 32 steps, from the origin.
+    """
+
+    num_clusters, horizon, scale = 1, 32, 80
+
+    def draw(self, cluster, rng):
+        return circle(rng.uniform(0, 1, len(cluster)))
+
+    def nearest_cluster(self, params):
+        return np.zeros(len(params), int)
+
+    def reward(self, action):
+        distance = np.linalg.norm(self.position - self.tasks.params, axis=1)
+        return np.where(distance <= 0.3, 1 - distance, 0)
 
 
 class PointMass(Modes):

@@ -31,9 +31,11 @@ SIZES = {  # id: observation, action, dt
     "hopper-params-4c": (11, 3, 0.016),
     "walker-params-4c": (17, 6, 0.016),
     "point-goal-4c": (2, 2, 0.1),
+    "point-goal-sparse": (2, 2, 0.1),
     "cheetah-dir": (17, 6, 0.05),
     "cheetah-vel": (20, 6, 0.05),
     "cheetah-vel-noise": (20, 6, 0.05),
+    "cheetah-vel-sparse": (20, 6, 0.05),
     "ant-dir": (111, 8, 0.05),
     "walker-dir": (17, 6, 0.008),
     "ant-cheetah-dir": (111, 8, 0.05),
@@ -48,6 +50,7 @@ RAND_PARAMS = ["hopper-params-4c", "walker-params-4c"]
 DIRECTIONS = ["cheetah-dir", "ant-dir", "walker-dir"]
 MIXED = {"ant-cheetah-dir": ("ant-dir", "cheetah-dir"), "ml2": ("cheetah-dir", "walker-dir")}
 MUJOCO_IDS = [i for i in IDS if not i.startswith("point")]
+HORIZONS = {"point-goal-sparse": 32, "cheetah-vel-sparse": 64}
 
 
 def make(env_id, n=4, **kwargs):
@@ -69,7 +72,8 @@ def test_sizes_and_check_env(env_id):
     env = make(env_id)
     assert env.single_observation_space.shape == (obs_dim,)
     assert env.single_action_space.shape == (action_dim,)
-    horizon = {"reacher": 50, "ant": 250}.get(env_id.split("-")[0], 100) if env_id in MODES else 100
+    family = {"reacher": 50, "ant": 250} if env_id in MODES else {}
+    horizon = HORIZONS.get(env_id) or family.get(env_id.split("-")[0], 100)
     assert (env.dt, env.horizon) == (dt, horizon)
     check_env(gym.make(env_id).unwrapped, skip_render_check=True)
 
@@ -479,6 +483,22 @@ def test_velocity_reward_of_the_cheetah():
     assert 0 < np.mean(paid) < 1
 
 
+def test_the_sparse_cheetah_is_paid_near_its_velocity_alone():
+    sparse, dense = make("cheetah-vel-sparse", 16), make("cheetah-vel", 16)
+    tasks, paid = dense.sample_tasks(16, np.random.default_rng(0)), []
+    tasks.params[:] *= 0.5  # untrained, it hardly moves
+    for env in (sparse, dense):
+        env.reset(seed=0, options={"tasks": tasks})
+    for action in actions(sparse, 20):
+        cost = 0.05 * np.square(action).sum(1)
+        reward, error = sparse.step(action)[1] + cost, -(dense.step(action)[1] + cost)
+        np.testing.assert_allclose(reward, np.where(error <= 0.5, 2 - error, 0), atol=1e-12)
+        paid.append(error <= 0.5)
+    assert 0 < np.mean(paid) < 1
+    velocities = sparse.sample_tasks(5000, np.random.default_rng(0)).params
+    np.testing.assert_allclose(np.quantile(velocities, (0, 0.5, 1)), (0, 1.5, 3), atol=0.07)
+
+
 # -- task distributions ------------------------------------------------------------------------------------------------
 
 
@@ -692,7 +712,7 @@ def test_ant_dir_against_plain_mujoco(copy):
     assert touched > 3
 
 
-@pytest.mark.parametrize("env_id", ["cheetah-dir", "cheetah-vel", "cheetah-vel-noise"])
+@pytest.mark.parametrize("env_id", ["cheetah-dir", "cheetah-vel", "cheetah-vel-noise", "cheetah-vel-sparse"])
 @pytest.mark.parametrize("copy", range(2))
 def test_cheetah_against_plain_mujoco(env_id, copy):
     env = make(env_id)
@@ -704,7 +724,10 @@ def test_cheetah_against_plain_mujoco(env_id, copy):
             mujoco.mj_kinematics(model, data)
             state.append(data.body("torso").xpos)
         np.testing.assert_allclose(obs, np.concatenate(state).astype(np.float32), atol=1e-6)
-        moving = task * velocity if env_id == "cheetah-dir" else -abs(velocity - task)
+        error = abs(velocity - task)
+        moving = task * velocity if env_id == "cheetah-dir" else -error
+        if env_id == "cheetah-vel-sparse":
+            moving = 2 - error if error <= 0.5 else 0
         assert reward == pytest.approx(moving - 0.05 * (action**2).sum(), abs=1e-10)
 
 
@@ -773,6 +796,24 @@ def test_point_by_hand():
     obs, reward, *_ = env.step(np.array([[0.5, -3.0], [1.0, 1.0]]))
     np.testing.assert_allclose(obs, [[0.05, -0.1], [0.1, 0.1]])
     np.testing.assert_allclose(reward, [-(0.95 + 0.6) - 0.01 * 9.25, -(1.1 + 1.9) - 0.02])
+
+
+def test_sparse_point_by_hand():
+    env = make("point-goal-sparse", 4)
+    goals = np.array([[1.0, 0.0], [0.3, 0.0], [0.1, 0.3], [0.1, 0.35]])
+    env.reset(options={"tasks": envs.Tasks(goals, np.zeros(4, int))})
+    obs, reward, *_ = env.step(np.array([[3.0, 0.0]] * 3 + [[1.0, 1.0]]))
+    np.testing.assert_allclose(obs, [[0.1, 0.0]] * 3 + [[0.1, 0.1]])
+    np.testing.assert_allclose(reward, [0, 0.8, 0.7, 0.75], err_msg="actions are free")
+    assert not env.step(np.array([[0.0, -0.1]] * 4))[1][[0, 2]].any(), "a little further off it is not felt"
+
+
+def test_goals_on_half_a_circle():
+    goals = make("point-goal-sparse").sample_tasks(4000, np.random.default_rng(0)).params
+    np.testing.assert_allclose(np.linalg.norm(goals, axis=1), 1)
+    angles = np.arctan2(*goals.T[::-1])
+    counts, _ = np.histogram(angles, bins=8, range=(0, np.pi))
+    assert counts.sum() == 4000 and counts.min() > 400
 
 
 GYM = {  # id: (Gymnasium's id, its arguments, what of its observation agrees with ours)
