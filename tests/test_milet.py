@@ -1,5 +1,7 @@
 """MILET's mathematics: closed forms, slow second implementations, identities of the paper."""
 
+import copy
+
 import gymnasium as gym
 import milet
 import numpy as np
@@ -220,6 +222,16 @@ def test_hidden_states_live_for_one_trial(monkeypatch):
     torch.testing.assert_close(q, torch.cat([explore.q[1:], exploit.q[1:]]), atol=1e-5, rtol=1e-4)
 
 
+def test_psi_explores_and_phi_exploits():
+    args, acted = small_args(horizon=4), []
+    env = gym.make_vec("point-goal-4c", num_envs=3, horizon=4)
+    agent = milet.make_agent(3, 2, args)
+    for name in ("psi", "phi"):
+        agent[name].register_forward_hook(lambda *_, name=name: acted.append(name))
+    milet.run_trial(env, env.unwrapped.task_set("test")[:3], 0, agent, args, test=False)
+    assert acted == ["psi"] * 4 + ["phi"] * 4
+
+
 def test_done_flag_marks_the_last_observation_of_each_episode():
     _, *episodes = play(small_args())
     for episode in episodes:
@@ -385,6 +397,42 @@ def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     torch.testing.assert_close(policy.stats.mean.float(), seen.mean((0, 1)), atol=1e-4, rtol=0)
 
 
+def test_ppo_against_literal_steps():
+    """Three full-batch steps by plain gradient descent, large enough that the ratio leaves the clip on both sides."""
+    args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8)
+    policy, episode, reward = milet.Policy(6, 2, args), make_episode(), torch.randn(10, 4)
+    twin, left = copy.deepcopy(policy), []
+    milet.ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.5), episode, reward, 0.3, args)
+
+    obs, belief = episode.obs[:-1], episode.belief[:-1]
+    log_prob = lambda pi: pi.log_prob(episode.sample).sum(-1).flatten()  # noqa: E731
+    with torch.no_grad():
+        v = twin(episode.obs, episode.belief)[1]
+        delta = reward + 0.9 * v[1:] - v[:-1]
+        adv = torch.stack([sum(0.72**k * delta[t + k] for k in range(10 - t)) for t in range(10)])
+        v, target = v[:-1].flatten(), (adv + v[:-1]).flatten()
+        adv = ((adv - adv.mean()) / (adv.std() + 1e-5)).flatten()
+        twin.observe(obs)
+        old = log_prob(twin(obs, belief)[0])
+    for _ in range(3):
+        pi, value = twin(obs, belief)
+        ratio, value = (log_prob(pi) - old).exp(), value.flatten()
+        gain = torch.where(adv > 0, ratio.clamp(max=1.1), ratio.clamp(min=0.9)) * adv
+        near = v + (value - v).clamp(-0.1, 0.1)
+        huber = [torch.where((e := (x - target).abs()) < 1, e**2 / 2, e - 0.5) for x in (value, near)]
+        loss = args.value_coef * 0.5 * torch.maximum(*huber).mean() - gain.mean()
+        loss = loss - 0.3 * pi.entropy().sum(-1).mean()
+        gradients = torch.autograd.grad(loss, [*twin.parameters()])
+        scale = min(1, 0.5 / torch.cat([g.flatten() for g in gradients]).norm())
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), gradients):
+                p -= 0.5 * scale * g
+        left.append(((adv > 0) & (ratio > 1.1)).any() and ((adv < 0) & (ratio < 0.9)).any() and scale < 1)
+    assert left[-1], "a case in which clips matter"
+    for p, wanted in zip(policy.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("policy_embed", [0, 64])
 def test_the_value_at_the_time_limit_is_that_of_the_state(policy_embed):
     """... and hangs neither on the done flag, which statistics never see at 1, nor on strays (D11)."""
@@ -486,6 +534,24 @@ def test_evaluation():
             obs, reward, *_ = env.step(action)
             np.testing.assert_allclose(reward, arrays["reward"][episode, t], rtol=1e-6)
         obs, _ = env.reset()
+
+
+def test_scores_are_of_the_end_of_exploration_and_returns_of_their_episodes(monkeypatch):
+    """Beliefs that begin with one cluster, swap two at step 20, and end with the true ones under other names."""
+    env = gym.make_vec("point-goal-4c", num_envs=32, horizon=30)
+    tasks, rewards = env.unwrapped.task_set("test"), torch.rand(2, 30, 32)
+    q = torch.zeros(31, 32, 4)
+    q[:20, :, 0] = 1
+    q[20:30, torch.arange(32), torch.from_numpy(np.minimum(tasks.cluster, 2))] = 1
+    q[30, torch.arange(32), torch.from_numpy(3 - tasks.cluster)] = 1
+    zeros = torch.zeros(31, 32, 6)
+    trial = [milet.Episode(zeros, zeros[1:, :, :2], zeros[1:, :, :2], r, q, zeros) for r in rewards]
+    monkeypatch.setattr(milet, "run_trial", lambda *a, **k: tuple(trial))
+    metrics, _ = milet.evaluate(env, tasks, None, small_args(horizon=30))
+    assert metrics["eval/nmi"] == pytest.approx(1) == metrics["eval/ari"] and metrics["eval/clusters_used"] == 4
+    assert metrics["eval/nmi_step_20"] == pytest.approx(6 / 7)  # H = 1.5 and 2 bits, 1.5 of them shared
+    for k in (0, 1):
+        assert metrics[f"eval/return_episode_{k + 1}"] == pytest.approx(rewards[k].sum(0).mean().item())
 
 
 ANT = (50e6, 32, (64, 32), (), 0.01, 0.001, 100, 0, 64, (128, 64), 2, 8, 0.05, 0.97, 1e-4, 1e-3)
