@@ -32,6 +32,7 @@ Deviations from the official code (C)
   D6  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D7  C's scale of the rewards is updated every step; here once a trial.
   D8  C is silent on physics that diverges; here nothing is learned from the trial.
+  D9  C's episode 2 begins on the terminal state of episode 1; here on the one after the reset.
 
 Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (3.2 million frames, 7-8 minutes on one core of
              an AMD EPYC, three seeds): episode 1 -42, -42, -41, episode 2 -37, -35, -32; one who knows the goal -19.
@@ -337,7 +338,8 @@ def run_trial(
     obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     fine = ~env.unwrapped.broke  # [env], before the reset clears it (D8)
-    second, _ = rollout(env, np.pad(env.reset()[0], flag), agent["policy"], agent["encoder"], h, args, test)
+    obs = np.pad(env.reset()[0], flag)  # D9
+    second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
     if test:
         return first, second
@@ -401,11 +403,11 @@ def ppo_update(
     with torch.no_grad():
         _, value = policy(episode.belief)  # value [H+ + 1, env]
         advantage = advantages(reward, value, args)  # Eq. (3)
-        goal = advantage + value[:-1]
-        explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
+        returns = advantage + value[:-1]
+        explained_variance = 1 - (returns - value[:-1]).var() / (returns.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         old = policy(episode.belief[:-1])[0].log_prob(episode.sample).sum(-1)
-    batch = [x.flatten(0, 1) for x in (episode.sample, old, value[:-1], goal, advantage)]
+    batch = [x.flatten(0, 1) for x in (episode.sample, old, value[:-1], returns, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:

@@ -275,10 +275,10 @@ class Decoder(nn.Module):
         of_z, of_x = self.first.weight.split([z.shape[-1], x.shape[-1]], dim=1)
         return F.linear(z, of_z), F.linear(x, of_x, self.first.bias)
 
-    def error(self, z: Tensor, obs: Tensor, action: Tensor, goal: Tensor, steps: Tensor | list[slice]) -> Tensor:
+    def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
         errors = []
-        for of_z, of_x, x, t in zip(*self.parts(z, obs, action), goal, steps):  # x [H+, out]
+        for of_z, of_x, x, t in zip(*self.parts(z, obs, action), truth, steps):  # x [H+, out]
             errors.append((self.rest(of_z[:, None] + of_x[t]) - x[t]).square().mean())
         return torch.stack(errors).mean()
 
@@ -436,9 +436,9 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     # ln p_θ(τ+|z), Eq. (5)
     steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
     errors = dict.fromkeys(("reward", "state"), torch.zeros((), device=device))
-    for name, goal in (("reward", r[..., None]), ("state", next_obs)):
+    for name, truth in (("reward", r[..., None]), ("state", next_obs)):
         if f"{name}_decoder" in agent:
-            errors[name] = agent[f"{name}_decoder"].error(z, obs, action, goal, steps)
+            errors[name] = agent[f"{name}_decoder"].error(z, obs, action, truth, steps)
 
     # Eq. (4): sums over the terms and over the decoded steps of each, means over trials and state dimensions
     kl_z = kl_z[t, trial].mean()
@@ -496,12 +496,12 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
     with torch.no_grad():
         _, value = policy(obs, belief)  # [H+ + 1, env], of the statistics that acted
         advantage = advantages(reward, value, args)  # Eq. (3)
-        goal = advantage + value[:-1]
-        explained_variance = 1 - (goal - value[:-1]).var() / (goal.var() + 1e-8)
+        returns = advantage + value[:-1]
+        explained_variance = 1 - (returns - value[:-1]).var() / (returns.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         policy.observe(obs[:-1], belief[:-1])
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
-    batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], goal, advantage)]
+    batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
