@@ -130,6 +130,7 @@ class Args:
     lr_psi: float = 1e-4  # learning rate of πψ (not used with --no-exploration)
     lr_phi: float = 1e-4  # learning rate of πφ
     anneal: bool = True  # let both rates fall to 0 over the run, linearly in the frames
+    anneal_vae: bool = False  # let lr_vae fall to 0 with them, so that the belief rests when its readers do
     entropy_psi: float = 1e-3  # weight of the entropy bonus of πψ (not used with --no-exploration)
     entropy_phi: float = 1e-4  # weight of the entropy bonus of πφ
 
@@ -630,14 +631,15 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 7-8: πψ maximises Eq. (12), πφ Eq. (1)
         with run.timer("ppo"):
-            anneal = 1 - (iteration - 1) / iterations if args.anneal else 1.0
+            left = 1 - (iteration - 1) / iterations  # of the run
             for name, batch in batches.items():
-                adam[name].param_groups[0]["lr"] = anneal * getattr(args, f"lr_{name}")
+                adam[name].param_groups[0]["lr"] = getattr(args, f"lr_{name}") * (left if args.anneal else 1)
                 losses = ppo_update(agent[name], adam[name], *batch, getattr(args, f"entropy_{name}"), args)
                 metrics |= {f"{name}/{key}": value for key, value in losses.items()}
 
         # l. 9-10: θ and ω maximise Eq. (8)
         with run.timer("elbo"):
+            adam["vae"].param_groups[0]["lr"] = args.lr_vae * (left if args.anneal_vae else 1)
             if iteration % args.target_every == 0:  # D10
                 agent["target"].load_state_dict(agent["prior"].state_dict())
             for _ in range(args.vae_updates):

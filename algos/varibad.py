@@ -128,6 +128,7 @@ class Args:
     value_coef: float = 0.5  # weight of the value loss
     lr_policy: float = 1e-3  # learning rate of π
     anneal: bool = True  # let lr_policy fall to 0 over the run, linearly in the frames
+    anneal_vae: bool = False  # let lr_vae fall to 0 with it, so that the belief rests when its readers do
     entropy: float = 0.01  # weight of the entropy bonus
 
 
@@ -598,13 +599,14 @@ def train(args: Args, run: "Run") -> None:
 
         # π maximises the return of the trial, Eq. (1)
         with run.timer("ppo"):
-            anneal = 1 - (iteration - 1) / iterations if args.anneal else 1.0
-            adam["policy"].param_groups[0]["lr"] = anneal * args.lr_policy
+            left = 1 - (iteration - 1) / iterations  # of the run
+            adam["policy"].param_groups[0]["lr"] = args.lr_policy * (left if args.anneal else 1)
             losses = ppo_update(agent["policy"], adam["policy"], trial, rewards, args)
             metrics = {f"policy/{key}": value for key, value in losses.items()}
 
         # φ and θ maximise Eq. (4)
         with run.timer("elbo"):
+            adam["vae"].param_groups[0]["lr"] = args.lr_vae * (left if args.anneal_vae else 1)
             terms = {}
             for _ in range(0 if args.oracle else args.vae_updates):
                 terms = vae_update(agent, adam["vae"], buffer.sample(args.vae_batch), args)

@@ -489,6 +489,15 @@ def test_statistics_are_updated_before_the_first_update_too(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("anneal", [True, False])
+def test_rate_of_the_elbo(monkeypatch, tmp_path, anneal):
+    rates, update = [], milet.vae_update
+    monkeypatch.setattr(milet, "vae_update", lambda *a: rates.append(a[1].param_groups[0]["lr"]) or update(*a))
+    flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=160, elbo_terms=2, vae_batch=2, vae_updates=1)
+    train(milet, **SMALL, **flags, run_dir=str(tmp_path), eval_every=9, lr_vae=4e-3, anneal_vae=anneal)
+    assert rates == pytest.approx([3e-3, 2e-3, 1e-3] if anneal else [4e-3] * 3)
+
+
+@pytest.mark.parametrize("anneal", [True, False])
 def test_rates(monkeypatch, tmp_path, anneal):
     rates, update = [], milet.ppo_update
     spy = lambda *a: rates.append(a[1].param_groups[0]["lr"]) or update(*a)  # noqa: E731

@@ -237,8 +237,8 @@ def test_ppo_prefers_the_better_action():
     assert policy(trial.obs, trial.belief)[0].mean.mean().item() > first + 0.2
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_rates_numbers_of_updates_and_statistics_before_the_first(monkeypatch, tmp_path, anneal):
+@pytest.mark.parametrize("anneal, anneal_vae", [(True, False), (False, False), (False, True)])
+def test_rates_numbers_of_updates_and_statistics_before_the_first(monkeypatch, tmp_path, anneal, anneal_vae):
     rates, counts = [], []
     monkeypatch.setattr(varibad, "ppo_update", lambda *a, f=varibad.ppo_update: (
         rates.append(a[1].param_groups[0]["lr"]) or counts.append(round(a[0].stats.count.item())) or f(*a)
@@ -248,10 +248,11 @@ def test_rates_numbers_of_updates_and_statistics_before_the_first(monkeypatch, t
     ))  # fmt: skip
     train(
         varibad, env="point-goal-4c", horizon=5, num_envs=4, frames=160, vae_updates=3, vae_batch=2,
-        anneal=anneal, lr_policy=4e-3, lr_vae=2e-3, run_dir=str(tmp_path), eval_every=9,
+        anneal=anneal, anneal_vae=anneal_vae, lr_policy=4e-3, lr_vae=2e-3, run_dir=str(tmp_path), eval_every=9,
     )  # fmt: skip
     policy = (3e-3, 2e-3, 1e-3) if anneal else (4e-3, 4e-3, 4e-3)
-    assert rates == pytest.approx([rate for p in policy for rate in (p, 2e-3, 2e-3, 2e-3)])
+    vae = (1.5e-3, 1e-3, 0.5e-3) if anneal_vae else (2e-3, 2e-3, 2e-3)
+    assert rates == pytest.approx([rate for p, v in zip(policy, vae) for rate in (p, v, v, v)])
     assert counts == [40, 80, 120]
 
 
