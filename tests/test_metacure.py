@@ -285,7 +285,7 @@ def test_networks_of_tasks_that_were_not_drawn_stay():
 
 
 def test_gradient_step_against_the_official_order_with_an_optimiser_a_network():
-    """Plain Adams, one after the other, in the order of the official code."""
+    """Plain Adams, one after the other."""
     flags = dict(kl_weight=0.3, intrinsic_weight=0.7, kl_as_code=True, lr=1e-3, dynamics=True)
     learner = make_learner(**flags)
     agent, encoder, nets = learner.agent, copy.deepcopy(learner.agent["encoder"]), {}
@@ -429,6 +429,9 @@ def test_an_iteration_of_collection(monkeypatch):
     played, contexts = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "draw_contexts")
     returns = metacure.collect_iteration(learner, rng)
     assert [len(e.obs) for _, e in played] == [6, 6, 2, 2, 2, 2, 2, 2], "two episodes of trials, two blocks of three"
+    assert all(a[7] == learner.args.refresh != learner.args.eval_refresh for a, _ in played[:2])
+    assert all(a[5].std() > 0.5 for a, _ in played), "sampled actions"
+    assert all(a[3].std() > 0.1 for a, _ in played[2:5]), "z of the prior"
     means = [torch.stack([e.reward.sum(1) for _, e in part]).mean() for part in (played[:2], played[2:5], played[5:])]
     assert list(returns.values()) == pytest.approx([m.item() for m in means])
     assert len(contexts) == 2, "in the last two episodes: the first z of a block comes from the prior"

@@ -408,6 +408,7 @@ def test_evaluation_spends_an_episode_on_finding_the_member(monkeypatch):
             np.testing.assert_array_equal(data["trace"][k, t], obs[:, :2])
             obs, *_ = env.step(data["action"][k, t])
     assert "eval/return_episode_5" not in metrics and data["seed"][0] == seed
+    assert len({*data["seed"]}) == 4, "the probe's start is not the member's"
     assert metrics["eval/accuracy"] == pytest.approx(5 / 6) and metrics["herd/purity"] == 7 / 8
     assert metrics["herd/ari"] == pytest.approx(adjusted_rand_score(np.repeat([0, 1, 0, 1], 2), labels))
     assert 0 < metrics["eval/ari"] < 1 and 0 < metrics["eval/nmi"] < 1
