@@ -33,7 +33,7 @@ QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after
     "cml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 20 --init task-specific "
     "--pretrain 3 --explore-iterations 4 --learners 4",
     "fcml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 20 --warmup 2 --epsilon 0 --tune-steps 3",
-    "mmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 50 --adapt-eta --train-alpha "
+    "mmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 15 --adapt-eta --train-alpha "
     "--encoder-width 16",
     "mmaml_regression": "--env functions-2m --iterations 12 --tasks 4 --hidden 8 8 --modulated-layers 2 "
     "--lstm-hidden 4",
