@@ -562,7 +562,7 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         nmi = partial(normalized_mutual_info_score, tasks.cluster)
         metrics["eval/nmi"], metrics["eval/nmi_step_20"] = nmi(guess[-1]), nmi(guess[min(20, len(guess) - 1)])
         metrics["eval/ari"] = adjusted_rand_score(tasks.cluster, guess[-1])
-        metrics["eval/nmi_ceiling"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
+        metrics["eval/nmi_by_parameters"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
     obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(*trial))  # [episode, H or H+1, ...]
     mean, var = np.split(belief, 2, axis=-1)
     weights = np.stack(reward_weights(torch.arange(args.horizon), args.horizon))  # γ_h, γ_c

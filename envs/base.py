@@ -59,7 +59,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     (steps per episode, which the constructor can override), `dt` (seconds per step), `num_test_tasks`, and implements
 
         draw(cluster, rng) -> params          one task of each given cluster, [n] -> [n, task_dim]
-        nearest_cluster(params) -> cluster    the best guess of one who sees the parameters: the ceiling of NMI
+        nearest_cluster(params) -> cluster    the guess of one who sees the parameters
         reset_state(ids)                      put the copies `ids` at the start of an episode; ids is an integer array
         advance(ids, action)                  one control step of the copies `ids`; ids is slice(None) while all are
                                               alive, else an integer array, and indexes self.x[ids] and action[ids]

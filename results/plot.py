@@ -399,9 +399,9 @@ def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.nd
         rng = np.random.default_rng(0)
         chance = np.mean([nmi(data["cluster"], rng.integers(q.shape[-1], size=q.shape[1])) for _ in range(200)])
         axes[0].axhline(chance, color="0.4", linestyle=":", linewidth=1, label=f"chance: {chance:.2f}")
-        if "eval/nmi_ceiling" in table:
-            ceiling = table["eval/nmi_ceiling"][-1]
-            axes[0].axhline(ceiling, color="0.4", linestyle="--", linewidth=1, label=f"knows the task: {ceiling:.2f}")
+        if "eval/nmi_by_parameters" in table:
+            level = table["eval/nmi_by_parameters"][-1]
+            axes[0].axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"sees the task: {level:.2f}")
         axes[0].legend(fontsize=7)
     axes[0].set(xlabel="step of the exploration episode", ylabel="NMI", ylim=(-0.02, 1.05))
     draw_spread(axes[1], entropy)

@@ -529,7 +529,7 @@ def test_evaluation():
     env = gym.make_vec("ant-goal-4c", num_envs=32, horizon=3)
     agent, tasks = milet.make_agent(114, 8, args), env.unwrapped.task_set("test")
     metrics, arrays = milet.evaluate(env, tasks, agent, args)
-    assert abs(metrics["eval/nmi_ceiling"] - 0.65) < 0.01
+    assert abs(metrics["eval/nmi_by_parameters"] - 0.65) < 0.01
     shapes = dict(trace=(2, 4, 32, 2), reward=(2, 3, 32), action=(2, 3, 32, 8), cluster_belief=(2, 4, 32, 4))
     shapes |= dict(belief_mean=(2, 4, 32, 3), belief_std=(2, 4, 32, 3), embedding=(32, 3), reward_weights=(2, 3))
     assert {name: arrays[name].shape for name in shapes} == shapes

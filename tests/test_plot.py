@@ -154,15 +154,15 @@ def test_cluster_map_marks_strays_once_the_goal_can_be_known(tmp_path, drawn):
     assert np.allclose([line.get_xydata() for line in dotted[1]], [[(0, 0), goal] for goal in data["params"][:3]])
 
 
-def test_belief_reaches_its_ceiling(tmp_path, drawn):
+def test_belief_reaches_one_who_sees_the_task(tmp_path, drawn):
     data = arrays("point-goal-4c")
     run = make_run(tmp_path / "run", data=data | cluster_belief(data))
     table = (run / "eval.csv").read_text().splitlines()
-    ends = [",eval/nmi_ceiling", *[",1"] * len(FRAMES)]
+    ends = [",eval/nmi_by_parameters", *[",1"] * len(FRAMES)]
     (run / "eval.csv").write_text("".join(f"{line}{end}\n" for line, end in zip(table, ends)))
     plot.main(plot.Options([run]))
     labels = drawn["belief.png"].axes[0].get_legend_handles_labels()[1]
-    assert labels == ["inferred clusters", "chance: 0.13", "knows the task: 1.00"]
+    assert labels == ["inferred clusters", "chance: 0.13", "sees the task: 1.00"]
     nmi, entropy = (axis.get_lines()[0].get_ydata() for axis in drawn["belief.png"].axes)
     assert np.allclose(nmi, [0] + H * [1]) and np.allclose(entropy, [np.log(4)] + H * [0], atol=1e-5)
     assert "NMI 1.00" in drawn["cluster_map.png"].get_suptitle()
