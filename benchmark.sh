@@ -31,11 +31,20 @@ campaigns() {
   run ant-goal-4c__varibad__{0,1,2}__oracle --oracle --frames 10000000
   figure ant-goal-4c
 
-  campaign milet-studies '4 hours' "MILET's three ablations and 2 to 10 clusters on point-goal-4c, 3 seeds each"
-  for part in exploration stacked-gru consistency; do run point-goal-4c__milet__{0,1,2}__no-"$part" --no-"$part"; done
+  campaign milet-studies '5 hours' "MILET's ablations and 2 to 10 clusters on point-goal-4c, 3 seeds each"
+  for part in exploration stacked-gru consistency r-h r-c; do
+    run point-goal-4c__milet__{0,1,2}__no-"$part" --no-"$part"
+  done
   for n in 2 4 6 8 10; do run point-goal-4c__milet__{0,1,2}__clusters-"$n" --clusters "$n"; done
   figure ablations point-goal-4c__milet__{0,1,2}__{clusters-4,no-exploration,no-stacked-gru,no-consistency}
+  figure bonuses point-goal-4c__milet__{0,1,2}__{clusters-4,no-exploration,no-r-h,no-r-c}
   figure clusters point-goal-4c__milet__{0,1,2}__clusters-{2,4,6,8,10}
+
+  campaign milet-ant-studies '18 hours' 'the same on ant-goal-4c, 1 seed'
+  for part in exploration stacked-gru consistency r-h r-c; do run ant-goal-4c__milet__0__no-"$part" --no-"$part"; done
+  for n in 2 4 6 8 10; do run ant-goal-4c__milet__0__clusters-"$n" --clusters "$n"; done
+  figure ablations ant-goal-4c__milet__0__{clusters-4,no-exploration,no-stacked-gru,no-consistency,no-r-h,no-r-c}
+  figure clusters ant-goal-4c__milet__0__clusters-{2,4,6,8,10}
 
   campaign milet-ant-paper '5.5 hours' 'MILET on ant-goal-4c at the published setting, 50 million frames'
   run ant-goal-4c__milet__0 --preset paper

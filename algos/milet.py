@@ -95,6 +95,8 @@ class Args:
     exploration: bool = True  # a separate exploration policy (ablation: πφ acts in both episodes)
     stacked_gru: bool = True  # two GRUs, C-GRU and T-GRU (ablation: one GRU feeds both heads)
     consistency: bool = True  # the regularisers L_I and L_P (ablation: both weights 0)
+    r_h: bool = True  # pay πψ for a more certain cluster, Eq. (10) (not used with --no-exploration)
+    r_c: bool = True  # pay πψ for a change of cluster, later for keeping it, Eq. (11) (not used with --no-exploration)
     keep_terminal: bool = False  # start episode 2 on the terminal state of episode 1, as the official code (D4)
 
     embed: tuple[int, int, int] = (32, 16, 16)  # widths of the state, action and reward embeddings
@@ -564,11 +566,10 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         metrics["eval/ari"] = adjusted_rand_score(tasks.cluster, guess[-1])
         metrics["eval/nmi_by_parameters"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
     obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(*trial))  # [episode, H or H+1, ...]
-    mean, var = np.split(belief, 2, axis=-1)
-    weights = np.stack(reward_weights(torch.arange(args.horizon), args.horizon))  # γ_h, γ_c
+    steps, (mean, var) = torch.arange(args.horizon), np.split(belief, 2, axis=-1)
     arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=obs[..., :2], action=action)
     arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var))
-    arrays |= dict(embedding=mean[0, -1], reward_weights=weights)
+    arrays |= dict(embedding=mean[0, -1], reward_weights=torch.stack(reward_weights(steps, args.horizon)).numpy())
     return {k: float(v) for k, v in metrics.items()}, arrays
 
 
@@ -617,7 +618,7 @@ def train(args: Args, run: "Run") -> None:
         bonus_h, bonus_c = exploration_bonus(explore.q)
         trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # as one, of H+ steps
         rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
-        r_e = rewards[: args.horizon] + bonus_h + bonus_c
+        r_e = rewards[: args.horizon] + args.r_h * bonus_h + args.r_c * bonus_c
         batches = {"psi": (explore, r_e), "phi": (exploit, rewards[args.horizon :])}
         if not args.exploration:
             batches = {"phi": (trial, rewards)}

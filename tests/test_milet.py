@@ -274,8 +274,8 @@ def test_squashing(squash):
     assert (pi.mean.abs() <= 1).all() == (squash == "mean")
 
 
-@pytest.mark.parametrize("exploration", [True, False])
-def test_what_the_policies_are_paid(monkeypatch, tmp_path, exploration):
+@pytest.mark.parametrize("without", ["nothing", "exploration", "r_h", "r_c"])
+def test_what_the_policies_are_paid(monkeypatch, tmp_path, without):
     """πψ Eq. (12) for the first episode, πφ Eq. (1) for the second; or one policy the reward alone, for both."""
     scaled, bonuses, paid = [], [], {}
     for name, seen in (("scale_rewards", scaled), ("exploration_bonus", bonuses)):
@@ -284,17 +284,18 @@ def test_what_the_policies_are_paid(monkeypatch, tmp_path, exploration):
     monkeypatch.setattr(milet, "ppo_update", lambda policy, _, *rest: paid.setdefault(policy, rest[:3]) and {})
     flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=80, elbo_terms=2, vae_batch=2)
     rates = dict(entropy_psi=0.3, entropy_phi=0.4)
-    train(milet, **SMALL, **flags, **rates, exploration=exploration, run_dir=str(tmp_path), eval_every=9)
+    flags |= {without: False} if without != "nothing" else {}
+    train(milet, **SMALL, **flags, **rates, run_dir=str(tmp_path), eval_every=9)
     rewards, (bonus_h, bonus_c), batches = scaled[-1], bonuses[-1], list(paid.values())
     assert rewards.shape == (10, 4) and bonus_h.abs().max() > 0 and bonus_c.abs().max() > 0
-    if not exploration:
+    if without == "exploration":
         ((episode, reward, entropy),) = batches
         torch.testing.assert_close(reward, rewards)
         assert entropy == 0.4 and len(episode.obs) == len(episode.belief) == 11 and len(episode.action) == 10
         assert (episode.obs[[0, 5], :, :2] == 0).all() and (episode.obs[-1, :, -1] == 1).all()
         return
     (explore, r_e, entropy_psi), (exploit, r, entropy_phi) = batches
-    torch.testing.assert_close(r_e, rewards[:5] + bonus_h + bonus_c)
+    torch.testing.assert_close(r_e, rewards[:5] + (without != "r_h") * bonus_h + (without != "r_c") * bonus_c)
     torch.testing.assert_close(r, rewards[5:])
     assert (entropy_psi, entropy_phi) == (0.3, 0.4) and len(explore.obs) == len(exploit.obs) == 6
     torch.testing.assert_close(explore.q[-1], exploit.q[0])
