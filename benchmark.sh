@@ -27,8 +27,8 @@ campaigns() {
   figure point-goal-4c results/pearl/point-goal-4c__*
 
   campaign ant '18 hours' 'the same without PEARL on ant-goal-4c, 3 seeds and 10 million frames each'
-  run ant-goal-4c__{milet,varibad,rl2}__{0,1,2} --frames 10000000
-  run ant-goal-4c__varibad__{0,1,2}__oracle --oracle --frames 10000000
+  run ant-goal-4c__{milet,varibad,rl2}__{0,1,2}
+  run ant-goal-4c__varibad__{0,1,2}__oracle --oracle
   figure ant-goal-4c
 
   campaign milet-studies '5 hours' "MILET's ablations and 2 to 10 clusters on point-goal-4c, 3 seeds each"

@@ -588,7 +588,8 @@ def train(args: Args, run: "Run") -> None:
             first, second = run_trial(env, tasks, torch.randint(2**31, ()).item(), agent, args, test=False)
         run.frames += frames_per_iteration
 
-        buffer.add(first, second)  # at once (D4)
+        if not args.oracle:  # whose ELBO is not trained
+            buffer.add(first, second)  # at once (D4)
 
         # π is paid by normalised rewards (D8)
         trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(first, second)))  # as one, of H+ steps

@@ -5,8 +5,7 @@ import numpy as np
 
 from envs.base import MujocoVectorEnv
 from envs.circle import CENTRES, circle, nearest_centre
-from envs.modes import CENTRES as MODES
-from envs.modes import Modes
+from envs.modes import MODES, Modes
 from envs.runner import DirectionRunner
 
 
@@ -72,9 +71,6 @@ class AntGoalU(AntGoal4C):
 
     def draw(self, cluster, rng):
         return 2 * circle(rng.uniform(0, 2, len(cluster)))
-
-    def nearest_cluster(self, params):
-        return np.zeros(len(params), int)
 
 
 class AntDir(Ant, DirectionRunner):

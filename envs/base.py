@@ -59,7 +59,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     (steps per episode, which the constructor can override), `dt` (seconds per step), `num_test_tasks`, and implements
 
         draw(cluster, rng) -> params          one task of each given cluster, [n] -> [n, task_dim]
-        nearest_cluster(params) -> cluster    the guess of one who sees the parameters
+        nearest_cluster(params) -> cluster    the guess of one who sees the parameters; default: the only cluster
         reset_state(ids)                      put the copies `ids` at the start of an episode; ids is an integer array
         advance(ids, action)                  one control step of the copies `ids`; ids is slice(None) while all are
                                               alive, else an integer array, and indexes self.x[ids] and action[ids]
@@ -124,6 +124,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         cluster = np.concatenate([np.resize(self.cluster_cycle(s), n) for s, n in sizes.items()])
         tasks = Tasks(self.draw(cluster, LegacyRandom(123)), cluster)
         return tasks[:500] if split == "train" else tasks[500:]
+
+    def nearest_cluster(self, params: np.ndarray) -> np.ndarray:
+        return np.zeros(len(params), int)
 
     def used_actions(self) -> np.ndarray:
         """[num_envs, action_dim] bool, False where an action only pads a robot that has fewer."""

@@ -7,7 +7,7 @@ from envs.circle import circle
 
 SQUARE = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
 HEXAGON = circle(np.arange(6) / 3)
-CENTRES = {  # of the modes, [mode, 2]
+MODES = {  # their centres, [mode, 2]
     "point-1m": 5 * SQUARE[[3]],
     "point-2m": 5 * SQUARE[[0, 3]],
     "point-4m": 5 * SQUARE,

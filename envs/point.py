@@ -5,8 +5,7 @@ import numpy as np
 
 from envs.base import TaskVectorEnv
 from envs.circle import CENTRES, circle, nearest_centre
-from envs.modes import CENTRES as MODES
-from envs.modes import Modes
+from envs.modes import MODES, Modes
 
 
 class PointGoal4C(TaskVectorEnv):
@@ -65,9 +64,6 @@ class PointGoalSparse(PointGoal4C):
 
     def draw(self, cluster, rng):
         return circle(rng.uniform(0, 1, len(cluster)))
-
-    def nearest_cluster(self, params):
-        return np.zeros(len(params), int)
 
     def reward(self, action):
         distance = np.linalg.norm(self.position - self.tasks.params, axis=1)

@@ -4,7 +4,7 @@ import mujoco
 import numpy as np
 
 from envs.base import MujocoVectorEnv
-from envs.modes import CENTRES, Modes
+from envs.modes import MODES, Modes
 
 
 class Reacher(Modes, MujocoVectorEnv):
@@ -65,28 +65,28 @@ class Reacher(Modes, MujocoVectorEnv):
 class Reacher1M(Reacher):
     """`reacher-1m`: one mode, (0.225, 0.225)."""
 
-    centres, num_clusters = CENTRES["reacher-1m"], 1
+    centres, num_clusters = MODES["reacher-1m"], 1
 
 
 class Reacher2M(Reacher):
     """`reacher-2m`: two modes, opposite corners of a square."""
 
-    centres, num_clusters = CENTRES["reacher-2m"], 2
+    centres, num_clusters = MODES["reacher-2m"], 2
 
 
 class Reacher4M(Reacher):
     """`reacher-4m`: four modes, (+-0.225, +-0.225)."""
 
-    centres, num_clusters = CENTRES["reacher-4m"], 4
+    centres, num_clusters = MODES["reacher-4m"], 4
 
 
 class Reacher6M(Reacher):
     """`reacher-6m`: six modes, a regular hexagon of radius 0.318."""
 
-    centres, num_clusters = CENTRES["reacher-6m"], 6
+    centres, num_clusters = MODES["reacher-6m"], 6
 
 
 class Reacher6MBug(Reacher):
     """`reacher-6m-bug`: the two neighbours of that hexagon that the official code draws from."""
 
-    centres, num_clusters = CENTRES["reacher-6m-bug"], 2
+    centres, num_clusters = MODES["reacher-6m-bug"], 2

@@ -148,7 +148,7 @@ def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
         table = dict(zip(names, values.T))
         returns = [name for name in names if wanted.fullmatch(name)]
         if not {"iteration", "charts/frames"} <= set(names) or not returns:
-            raise ValueError("it lacks the columns iteration, charts/frames or eval/return_...")
+            raise ValueError(f"it lacks the columns iteration, charts/frames or {wanted.pattern}")
         if not np.isfinite([table[name] for name in ("iteration", "charts/frames", *returns)]).all():
             raise ValueError("it has returns, iterations or frames that are not finite")
         if (np.diff(table["iteration"]) <= 0).any() or (np.diff(table["charts/frames"]) < 0).any():

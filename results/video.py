@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from plot import CLUSTER_COLOURS, Unusable, make_env, read_args, read_arrays
 
 import envs
+from envs.modes import Modes
 
 SIZE, CAPTION = 180, 62  # pixels of a panel, and of the text above it
 FRAMES, BYTES = 100, 4_000_000  # at most, about
@@ -107,16 +108,18 @@ class Camera:
             self.renderers[robot] = mujoco.Renderer(robot.model, SIZE, SIZE)
         renderer, model, data = self.renderers[robot], robot.batch.get_model(i), robot.batch.get_data(i)
         mujoco.mj_forward(model, data)
-        kind, params = type(robot).__name__, robot.tasks.params[i]
-        view = above_all_goals(robot) if "Goal" in kind else beside(data.body("torso").xpos, steep=len(params) == 2)
+        kind, params, torso = type(robot).__name__, robot.tasks.params[i], data.xpos[1]  # body 0 is the world
+        goals = "Goal" in kind or isinstance(robot, Modes)
+        farthest = np.linalg.norm(robot.tasks.params[:, :2], axis=1).max()
+        view = above_all_goals(farthest) if goals else beside(torso, steep=len(params) == 2)
         renderer.update_scene(data, camera=view)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[flag] = False
-        if "Goal" in kind:
+        if goals:
             disc = add_geom(renderer.scene, mujoco.mjtGeom.mjGEOM_CYLINDER)
-            disc.pos, disc.size = (*params[:2], 0.02), (0.25, 0.25, 0.02)
+            disc.pos, disc.size = (*params[:2], farthest / 100), farthest / 100 * np.array([12, 12, 1])
         elif "Dir" in kind or "Vel" in kind:
-            start = data.body("torso").xpos + [0, 0, 0.7]
+            start = torso + [0, 0, 0.7]
             along = 0.6 * np.pad(params[:2].astype(float), (0, 3 - len(params[:2])))
             arrow = add_geom(renderer.scene, mujoco.mjtGeom.mjGEOM_ARROW)
             mujoco.mjv_connector(arrow, mujoco.mjtGeom.mjGEOM_ARROW, 0.05, start, start + along)
@@ -127,10 +130,9 @@ class Camera:
             renderer.close()
 
 
-def above_all_goals(robot: envs.MujocoVectorEnv) -> mujoco.MjvCamera:
+def above_all_goals(farthest: float) -> mujoco.MjvCamera:
     """x to the right, y up."""
-    distance = 3.3 * np.linalg.norm(robot.tasks.params[:, :2], axis=1).max()
-    return free_camera(np.zeros(3), distance, elevation=-60)
+    return free_camera(np.zeros(3), 3.3 * farthest, elevation=-60)
 
 
 def beside(torso: np.ndarray, steep: bool) -> mujoco.MjvCamera:

@@ -239,8 +239,7 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, signum, code):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     flags = [*CHEAP, "--iterations", 1, "--horizon", 10**5, "--run-dir", tmp_path]  # an iteration of half a minute
     process = subprocess.Popen(command("maml", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("*/checkpoint.pt")):
-        time.sleep(0.05)
+    wait_for_rows(tmp_path, 1, process)
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)

@@ -114,13 +114,13 @@ def test_long_films_leave_frames_out(tmp_path, monkeypatch):
     assert Image.open(run / "figures" / "video.gif").n_frames == 2
 
 
-@pytest.mark.parametrize("env_id", ["ant-goal-4c", "ml2", "cheetah-vel"])
+@pytest.mark.parametrize("env_id", ["ant-goal-4c", "ml2", "cheetah-vel", "ant-4m", "reacher-4m"])
 def test_film_of_robots(tmp_path, env_id):
     run = make_run(tmp_path / "run", env_id)
     with skip_without_opengl():
         video.main(video.Options(run))
     film = Image.open(run / "figures" / "video.gif")
-    panels = {"ant-goal-4c": 4, "ml2": 2, "cheetah-vel": 4}[env_id]
+    panels = {"ml2": 2}.get(env_id, 4)
     assert film.size[0] == panels * video.SIZE
     picture = np.asarray(film.convert("RGB")).astype(int)
     for i in range(panels):
