@@ -34,7 +34,7 @@ Deviations from the paper (P) or CML's official code (C); D1 to D14 are those of
   D20 The largest of 40 noisy g_i is above ε by chance; here fresh rollouts of θ' and θ'' must confirm it.
 
 Tested       python algos/fcml.py --env point-goal-4c --tasks 20 --rollouts 10 --iterations 30 --warmup 5 --epsilon 0.05
-             (4.1 million frames, half a minute): -171, then -94 after one step; four learners, NMI 0.86.
+             (4.1 million frames, 50 seconds): -171, then -94 after one step; four learners, NMI 0.86.
 """
 
 import importlib

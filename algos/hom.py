@@ -29,7 +29,7 @@ Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6
   D15 P prints (10) with ∇π = π ∇ ln π; here ∇ ln π, as in (8). P does not say which part of (8) it takes; here the
       diagonal, the block of the last layer, or all. D16 In (9) E leaves out the step H, whose s' is not stored.
 
-Tested       python algos/hom.py --env ml2   (1.6 million frames, 3 minutes on one core): 54, then 104 after one step.
+Tested       python algos/hom.py --env ml2   (1.6 million frames, 5 minutes on one core): 54, then 104 after one step.
 """
 
 import importlib

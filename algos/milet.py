@@ -22,7 +22,7 @@ Deviations from the paper (P) or the official code (C)
   D1  P sums in Eq. (4), (5), (8); here means over terms and state dimensions, with weights kl_z_weight, kl_c_weight
       for the two KLs, as C.
   D2  P has λ_I, λ_P outside the sum over t; here inside the weighted groups, as C (else they are negligible).
-  D3  C estimates KL(z) by one sample, reverses L_I (between random steps) and L_P (at a sampled y); here as P.
+  D3  C estimates KL(z) by one sample, reverses L_I (random steps) and L_P (a sampled y), ablates L_P alone; here as P.
   D4  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
   D5  C loses the last reward of every episode; here a time limit bootstraps from V(terminal state).
   D6  C adds 1e-8 to both densities of PPO's ratio, which stops the gradients of improbable actions; here plain.
@@ -30,8 +30,8 @@ Deviations from the paper (P) or the official code (C)
   D8  C takes q(c|τ:0) in r_h, r_c as uniform; here the encoder's own, as P.
   D9  C samples c at t = 0 of a test, and learns from a trial one iteration late; here argmax always, and at once.
   D10 P is silent on networks, Gumbel temperature, variance by softplus, buffer, PPO settings, and a first iteration
-      that only collects: here as C. P gives the policies z, and copies the target every 50 epochs; here mean and
-      variance of z, and meta-iterations, as C.
+      that only collects: here as C, but rates of the policies by P, and both begin at once (C: πψ an iteration later).
+      P gives the policies z, a target copied every 50 epochs; here z's mean and variance, and meta-iterations, as C.
   D11 C's policies see states normalised without bounds, the done flag among them; here within [-10, 10], and no flag:
       it is 1 only where nobody acts (unless --keep-terminal): V(terminal state) would hang on a weight never trained.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.
@@ -273,8 +273,8 @@ class Decoder(nn.Module):
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
         errors = []
-        for of_z, of_x, x, t in zip(*self.parts(z, obs, action), truth, steps):  # x [H+, out]
-            errors.append((self.rest(of_z[:, None] + of_x[t]) - x[t]).square().mean())
+        for of_z, of_x, target, t in zip(*self.parts(z, obs, action), truth, steps):  # target [H+, out]
+            errors.append((self.rest(of_z[:, None] + of_x[t]) - target[t]).square().mean())
         return torch.stack(errors).mean()
 
 
@@ -357,7 +357,7 @@ def rollout(
         reward, state = (torch.from_numpy(x).to(args.device)[None] for x in (rewards[t], states[t + 1]))
         h_alpha, h_beta = (h[0] for h in encoder(action[None], reward, state, h_alpha, h_beta))
         q, belief = infer(encoder, h_alpha, h_beta, gumbel[t], args.temperature)
-        for seen, x in ((actions, action), (samples, sample), (qs, q), (beliefs, belief)):
+        for seen, x in zip((actions, samples, qs, beliefs), (action, sample, q, belief)):
             seen.append(x)
     actions, samples, qs, beliefs = (torch.stack(seen).cpu() for seen in (actions, samples, qs, beliefs))
     episode = Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), qs, beliefs)
@@ -407,7 +407,7 @@ class TrialBuffer:
         return {"trials": [torch.stack(part) for part in zip(*self.trials)]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.trials.extend(zip(*(part.clone() for part in state["trials"])))  # not of the file, which goes
+        self.trials.extend(zip(*(part.clone() for part in state["trials"])))  # copies: these are views of a file
 
 
 # == Cluster-based variational inference ===============================================================================

@@ -38,7 +38,7 @@ Deviations from the paper (P); maml.py names the reasons of D1 to D10 and of D12
   D17 P has MAML's setup: H = 200, 100 x 100 ReLU, and in MAML's code an action scale of 1; here ProMP's, as maml.py.
 
 Tested       python algos/rmaml.py --env cheetah-vel-noise --tasks 20 --rollouts 10 --iterations 40   (1.6 million
-             frames, 2 minutes): -83, then -52 after one step; α from 0.01 to 0.34.
+             frames, 4 minutes): -83, then -52 after one step; α from 0.01 to 0.34.
 """
 
 import importlib

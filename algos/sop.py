@@ -117,7 +117,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {"ml2": {}, "ant-cheetah-dir": {}}  # as above: the paper's Table 4, where it is silent D7
-FAST: dict[str, dict] = {}  # these learn within an hour
+FAST: dict[str, dict] = {}  # none is tuned yet
 MAY_BE_0 = ("seed", "num_threads", "probe_iterations")
 KINDS = "fisher", "state-next-state", "latent", "gradient"  # of embeddings, in this order
 

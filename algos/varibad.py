@@ -7,7 +7,7 @@ Objective    max over ψ:     E[ Σ_t γ^t r_t ] over whole trials, without grad
   by PPO     E[ min(ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t) ],  ρ_t = π(a_t|·) / π_old(a_t|·)                    Eq. (2)
              A_t = Σ_k (γλ)^k δ_{t+k},  δ_t = r_t + γ V_{t+1} - V_t;  V is fitted to A_t + V_t                 Eq. (3)
              max over φ, θ:  E[ Σ_t ELBO_t ]                                                                   Eq. (4)
-             ln p_θ(τ+|z) = - Σ_i [(r_i - r̂_i)² + λ_s ‖s_{i+1} - ŝ_i‖²], up to a constant                      Eq. (5)
+             ln p_θ(τ+|z) = - Σ_i [(r_i - r̂_i)² + λ_s mean (s_{i+1} - ŝ_i)²], up to a constant                 Eq. (5)
              ELBO_t = E_q[ln p_θ(τ+|z)] - KL(q_φ(z|τ:t) ‖ q_φ(z|τ:t-1)),  where q_φ(z|τ:-1) is N(0, I)         Eq. (6)
              q_φ(z|τ:t) = N(μ(h_t), σ²(h_t)),  h_t = GRU(h_{t-1}; a_{t-1}, r_{t-1}, s_t),  h_0 = 0             Eq. (7)
 Loop         collect a trial on each of some tasks -> run_trial     into the buffer -> TrialBuffer.add
@@ -33,7 +33,8 @@ Deviations from the official code (C)
   D5  C collects 16 processes of several trials, or of half a trial, per update; here every copy plays one trial, and
       their number is such that an update has C's frames. So no running trial is encoded again, and unlike in C no
       trial begins with the last step of another.
-  D6  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
+  D6  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks. On hopper and
+      walker C decodes states alone; here rewards too, as MILET.
   D7  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D8  C's scale of the rewards is updated every step; here once a trial.
   D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more, as in C.
@@ -279,8 +280,8 @@ class Decoder(nn.Module):
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
         errors = []
-        for of_z, of_x, x, t in zip(*self.parts(z, obs, action), truth, steps):  # x [H+, out]
-            errors.append((self.rest(of_z[:, None] + of_x[t]) - x[t]).square().mean())
+        for of_z, of_x, target, t in zip(*self.parts(z, obs, action), truth, steps):  # target [H+, out]
+            errors.append((self.rest(of_z[:, None] + of_x[t]) - target[t]).square().mean())
         return torch.stack(errors).mean()
 
 
