@@ -450,13 +450,15 @@ def meta_objective(
     """
     *inner, outer = data
     by_tau = modulated(policy, infer(encoder, data[0], args), args)
-    sampled, kls = policy, []  # by whom D_k was sampled
-    for batch in inner:
-        kls.append(mean_kl(*sampled(theta, batch.obs), batch))
-        loss = inner_loss(by_tau if args.modulate_first_step else sampled, theta, batch, args).sum()  # D12
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        theta, sampled = theta - alpha * gradient, by_tau  # Eq. (2), (9); Alg. 1, l. 8-9
-    output = sampled(theta, outer.obs)
+    kls = []
+    for k, batch in enumerate(inner):
+        output = (by_tau if k > 0 else policy)(theta, batch.obs)  # by whom D_k was sampled
+        kls.append(mean_kl(*output, batch))  # Eq. (4)
+        if k == 0 and args.modulate_first_step:  # D12
+            output = by_tau(theta, batch.obs)
+        (gradient,) = torch.autograd.grad(surrogate(*output, batch).sum(), theta, create_graph=True)  # Eq. (1)
+        theta = theta - alpha * gradient  # Eq. (2), (9); Alg. 1, l. 8-9
+    output = (by_tau if inner else policy)(theta, outer.obs)
     s, kls = surrogate(*output, outer, args.clip), torch.stack([*kls, mean_kl(*output, outer)])  # Eq. (3), (4)
     penalty = (eta.T * kls[:-1]).sum(0) / max(1, len(inner))  # D7
     return s + penalty, s, kls  # Eq. (5)

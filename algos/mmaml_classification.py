@@ -293,13 +293,11 @@ def aircraft(root: Path) -> dict[str, Classes]:
 
 
 def digits(root: Path) -> dict[str, Classes]:
-    """scikit-learn's handwritten digits, upright and turned by 90 degrees: 20 classes"""
-    data, classes = load_digits(), {}
-    for turns in (0, 1):
-        for digit in range(10):
-            images = (15.9 * data.images[data.target == digit]).astype(np.uint8)
-            classes[f"{digit} turned {turns}"] = [np.rot90(image, turns) for image in images]
-    return split(classes, (0.5, 0.25, 0.25))
+    """scikit-learn's handwritten digits, upright and turned by 90 degrees: 20 classes, both turns in one part"""
+    data = load_digits()
+    images = {f"{digit}": (15.9 * data.images[data.target == digit]).astype(np.uint8) for digit in range(10)}
+    turned = lambda part: {f"{d} turned {k}": [np.rot90(x, k) for x in part[d]] for d in part for k in (0, 1)}  # noqa: E731
+    return {name: turned(part) for name, part in split(images, (0.4, 0.3, 0.3)).items()}
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZΓΔΘΛΞΠΣΦΨΩБДЖИЛЦЧШЭЮЯ"

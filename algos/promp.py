@@ -351,9 +351,9 @@ def meta_objective(
     *inner, outer = data
     kls = []
     for batch in inner:
-        kls.append(mean_kl(*policy(theta, batch.obs), batch))
-        loss = inner_loss(policy, theta, batch, args).sum()
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        output = policy(theta, batch.obs)
+        kls.append(mean_kl(*output, batch))  # Eq. (4)
+        (gradient,) = torch.autograd.grad(surrogate(*output, batch).sum(), theta, create_graph=True)  # Eq. (1)
         theta = theta - alpha * gradient  # Eq. (2)
     output = policy(theta, outer.obs)
     s, kls = surrogate(*output, outer, args.clip), torch.stack([*kls, mean_kl(*output, outer)])  # Eq. (3), (4)

@@ -180,6 +180,11 @@ def test_classes_of_the_splits(reader, root, monkeypatch):
         assert again == parts
 
 
+def test_both_turns_of_a_digit_are_in_one_part(root):
+    parts = [{name.split()[0] for name in classes} for classes in few.digits(root).values()]
+    assert [len(part) for part in parts] == [4, 3, 3] and len(set.union(*parts)) == 10
+
+
 @pytest.mark.parametrize("reader", [*MAKERS, few.digits, few.letters, few.gratings], ids=lambda r: r.__name__)
 def test_a_task(reader, root):
     args = few.Args(ways=2, horizon=3, data=str(root))
