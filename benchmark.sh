@@ -50,7 +50,7 @@ campaigns() {
   run ant-goal-4c__milet__0 --preset paper
   figure ant-goal-4c
 
-  campaign milet-mujoco '?' 'MILET on hopper, walker, humanoid, and the ant with sparse rewards or uniform goals'
+  campaign milet-mujoco '18 hours' 'MILET on hopper, walker, humanoid, and the ant with sparse rewards or uniform goals'
   run {hopper-params-4c,walker-params-4c,humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
   for env in {hopper,walker}-params-4c humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
 
@@ -103,7 +103,8 @@ campaigns() {
   run ml2__maml__0__oracle-long --tasks 20 --rollouts 10 --iterations 201 --oracle
   figure ml2-long ml2__{hom__0__long,maml__0__long,maml__0__oracle-long}
 
-  campaign mmaml-point '22 hours' 'MMAML, ProMP and Multi-ProMP on the point with 2, 4 and 6 modes, 3 seeds each (Table 3)'
+  campaign mmaml-point '18 hours' 'MMAML, ProMP and Multi-ProMP on the point with 1 to 6 modes, 3 seeds each (Table 3)'
+  run point-1m__mmaml__{0,1,2}__promp --modulation none
   run point-{2m,4m,6m}__mmaml__{0,1,2}
   run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --modulation none
   run point-{2m,4m}__mmaml__{0,1,2}__multi --modulation none --oracle
@@ -172,6 +173,26 @@ campaigns() {
   run point-goal-sparse__metacure__{0,1,2}
   run cheetah-vel-sparse__metacure__0 --iterations 30
   for env in point-goal-sparse cheetah-vel-sparse; do figure "$env"; done
+
+  campaign short '1 hour' 'the short runs of the pages whose scripts have no long ones yet, 1 seed'
+  run ml2__hom__0
+  run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
+  run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
+  run cheetah-vel-noise__{maml,rmaml}__0__small --tasks 20 --rollouts 10 --iterations 40
+  run point-goal-4c__fcml__0__small --tasks 20 --rollouts 10 --iterations 30 --warmup 5 --epsilon 0.05
+  run point-2m__mmaml__0__small --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100
+  run point-2m__mmaml__0__small-promp --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
+  run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
+  run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
+  run drawn-3m__mmaml_classification__0__small --iterations 300 --eval-every 100 --eval-episodes 30
+  run drawn-3m__mmaml_classification__0__small-maml --iterations 300 --eval-every 100 --eval-episodes 30 --modulation none
+  run ml2__sop__0__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000
+  figure ml2 ml2__{hom,maml,cml}__0
+
+  campaign point-variants '80 minutes' 'MILET and VariBAD on point-goal-4c with other settings, 3 seeds each'
+  run point-goal-4c__{milet,varibad}__{0,1,2}__anneal-vae --anneal-vae
+  run point-goal-4c__milet__{0,1,2}__std --init-std 0.5
+  figure point-goal-4c
 
   campaign speed '50 minutes' 'physics limits, and the share that the scripts reach, into results/speed.csv (all cores)'
   after speed python results/speed.py

@@ -146,7 +146,9 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--mask-pad-actions is for environments of several robots": pads or not args.mask_pad_actions,
         "--alpha, --action-scale and --delta must be positive": min(args.alpha, args.action_scale, args.delta) > 0,
         "--damping and --kl-slack must be at least 0": min(args.damping, args.kl_slack) >= 0,
-        "--explore must be in [0, 1]": 0 <= args.explore <= 1,
+        "--explore must be in [0, 1], and needs --explore-iterations": 0 <= args.explore <= 1 and (
+            args.explore == Args.explore or args.explore_iterations > 0
+        ),
         "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
     }
 

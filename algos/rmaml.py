@@ -127,6 +127,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     fresh = args.tasks - replays
     return {
         "--max-share must be in [0, 1]": 0 <= args.max_share <= 1,
+        "--kl-slack is for --outer trpo": args.kl_slack == 0 or args.outer == "trpo",
         f"--tasks must leave {clusters} fresh ones, which hold every cluster, beside the replayed": fresh >= clusters,
         "--mask-pad-actions is for environments of several robots": (
             env.used_actions is not envs.TaskVectorEnv.used_actions or not args.mask_pad_actions

@@ -328,6 +328,7 @@ def test_two_goals_get_a_learner_each(tmp_path):
 EXCLUDE = "--oracle-warmup, --init task-specific and --switch-at exclude one another"
 LONG = "--oracle-warmup or --pretrain, and --explore-iterations, exceed --iterations"
 FIRST = "--first-cluster needs --switch-at, and must be less than 2"
+EXPLORE = "--explore must be in [0, 1], and needs --explore-iterations"
 NO_CLUSTERS = "--oracle-warmup and --switch-at need clusters, and cheetah-vel has none"
 RULES = [
     ("--env point-goal-4c --tasks 3", "--tasks must be at least --learners and 4"),
@@ -347,7 +348,8 @@ RULES = [
     ("--switch-at 10 --iterations 10", "--switch-at must be less than --iterations"),
     ("--switch-at 2 --first-cluster 2", FIRST),
     ("--first-cluster 1", FIRST),
-    ("--explore 1.5", "--explore must be in [0, 1]"),
+    ("--explore 1.5 --explore-iterations 1", EXPLORE),
+    ("--explore 0.5", EXPLORE),
     ("--env cheetah-dir --mask-pad-actions", "--mask-pad-actions is for environments of several robots"),
     ("--alpha 0", "--alpha, --action-scale and --delta must be positive"),
     ("--damping -1", "--damping and --kl-slack must be at least 0"),
@@ -367,7 +369,8 @@ def test_what_must_hold(flags, message):
 def test_every_rule_has_a_case_and_what_it_allows_passes():
     of_check = {message for _, message in RULES if not message.endswith("2^31")}
     assert len(of_check) == len(cml.check(cml.Args(), envs.ENVIRONMENTS["cheetah-dir"]))
-    cml.parse_args("--oracle-warmup 10 --iterations 10 --explore 0 --mask-pad-actions --damping 0 --tasks 2".split())
+    cml.parse_args("--oracle-warmup 10 --iterations 10 --mask-pad-actions --damping 0 --tasks 2".split())
+    cml.parse_args("--explore 0 --explore-iterations 1".split())
     cml.parse_args("--init task-specific --iterations 50 --learners 3".split())
     cml.parse_args("--switch-at 9 --iterations 10 --first-cluster 1 --learners 1".split())
     cml.parse_args("--oracle-warmup 4 --explore-iterations 6 --iterations 10".split())

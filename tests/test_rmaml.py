@@ -258,6 +258,7 @@ def test_the_defaults_are_the_papers():
 FRESH = "--tasks must leave {} fresh ones, which hold every cluster, beside the replayed"
 RULES = [
     ("--max-share 1.5", "--max-share must be in [0, 1]"),
+    ("--outer sgd --kl-slack 0.1", "--kl-slack is for --outer trpo"),
     ("--max-share -0.1 --tasks 2", "--max-share must be in [0, 1]"),
     ("--max-share 1", FRESH.format(1)),
     ("--env cheetah-vel-noise --tasks 6", FRESH.format(5)),
