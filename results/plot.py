@@ -402,7 +402,7 @@ def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.nd
         if "eval/nmi_by_parameters" in table:
             level = table["eval/nmi_by_parameters"][-1]
             axes[0].axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"sees the task: {level:.2f}")
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=7, loc="lower right")
     axes[0].set(xlabel="step of the exploration episode", ylabel="NMI", ylim=(-0.02, 1.05))
     draw_spread(axes[1], entropy)
     axes[1].axhline(np.log(q.shape[-1]), color="0.4", linestyle=":", linewidth=1, label="uniform belief")
