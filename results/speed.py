@@ -45,6 +45,17 @@ def fill(self, *episodes, add={script}.TrialBuffer.add):
 
 # Code that serves speed only, replaced by the plain form that it equals: what does it gain on a preset?
 PLAIN = {
+    "milet": """
+def error(self, z, obs, action, truth, steps):
+    import torch
+    s, a = self.embed_state(obs).relu(), self.embed_action(action).relu()
+    x = torch.cat([s[:, :, 1:], a, s[:, :, :-1]] if self.sees_next else [a, s[:, :, :-1]], dim=-1).flatten(1, 2)
+    x, target = (torch.stack([part[t].expand(z.shape[1], -1, -1) if isinstance(t, slice) else part[t]
+                              for part, t in zip(rows, steps)]) for rows in (x, truth))
+    z = z[:, :, None].expand(-1, -1, x.shape[2], -1)
+    return (self.rest(self.first(torch.cat([z, x], dim=-1))) - target).square().mean()
+milet.Decoder.error = error
+""",
     "rl2": "rl2.Recurrence.apply = staticmethod(lambda gru, x, h, *weights: gru(x, h[None])[0])",
     "pearl": "pearl.forward_onednn = lambda net, x: net.head(net.features(x))",
 }
@@ -145,7 +156,8 @@ def main() -> None:
 
     for preset, copies in {"paper": 16, "fast": 32}.items():
         flags = f"--preset {preset} --frames {40 * 200 * copies}"
-        add_script(f"milet.py ant-goal-4c, {preset} preset", "ant-goal-4c", copies, flags, 10)
+        for name, before in {"": "", ", plain decoder": PLAIN["milet"]}.items():
+            add_script(f"milet.py ant-goal-4c, {preset} preset{name}", "ant-goal-4c", copies, flags, 10, before)
     for script in ("varibad", "rl2"):
         flags = f"--preset paper --frames {40 * 3200}"
         add_script(f"{script}.py ant-goal-4c", "ant-goal-4c", 16, flags, 10)
@@ -183,17 +195,19 @@ def main() -> None:
             for copies in (16, 320):
                 add(f"physics limit {env_id}", copies, physics_limit(env_id, copies))
 
-    # No physics here: copies are tasks, updates_per_s meta-iterations with second derivatives of five inner steps
-    for what, tasks, flags in (
-        ("mmaml_regression.py functions-5m, MMAML", 125, []),
-        ("mmaml_regression.py functions-5m, MMAML, a copy of θ for every task", 125, ["--no-low-rank"]),
-        ("mmaml_regression.py functions-5m, MAML", 125, ["--modulation", "none"]),
-        ("mmaml_classification.py drawn-3m, MMAML", 6, ["--eval-episodes", "2"]),
+    # No physics here: copies are tasks; updates_per_s are meta-iterations with second derivatives of five inner steps,
+    # or MetaCURE's gradient steps
+    for what, tasks, warm_up, flags, gradient_steps in (
+        ("mmaml_regression.py functions-5m, MMAML", 125, 10, "--iterations 40", 0),
+        ("mmaml_regression.py functions-5m, MMAML, a copy of θ a task", 125, 10, "--iterations 40 --no-low-rank", 0),
+        ("mmaml_regression.py functions-5m, MAML", 125, 10, "--iterations 40 --modulation none", 0),
+        ("mmaml_classification.py drawn-3m, MMAML", 6, 10, "--iterations 40 --eval-episodes 2", 0),
+        ("metacure.py point-goal-sparse, batch 16 x 64", 10, 1, "--preset paper --iterations 4 --gradient-steps 100", 100),
     ):
-        median = measure(what.split(".py")[0], 10, ["--iterations", "40", *flags])
+        median = measure(what.split(".py")[0], warm_up, flags.split())
         sample, update = median["time/sample"], median["time/update"]
         columns = {"sample_s": round(sample, 4), "update_s": round(update, 4)}
-        columns |= {"updates_per_s": round(1 / (sample + update), 2)}
+        columns |= {"updates_per_s": round(gradient_steps / update if gradient_steps else 1 / (sample + update), 2)}
         add(what, tasks, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
 
     with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
