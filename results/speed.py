@@ -202,7 +202,7 @@ def main() -> None:
         ("mmaml_regression.py functions-5m, MMAML, a copy of θ a task", 125, 10, "--iterations 40 --no-low-rank", 0),
         ("mmaml_regression.py functions-5m, MAML", 125, 10, "--iterations 40 --modulation none", 0),
         ("mmaml_classification.py drawn-3m, MMAML", 6, 10, "--iterations 40 --eval-episodes 2", 0),
-        ("metacure.py point-goal-sparse, batch 16 x 64", 10, 1, "--preset paper --iterations 4 --gradient-steps 100", 100),
+        ("metacure.py point-goal-sparse, 16 x 64", 10, 1, "--preset paper --iterations 4 --gradient-steps 100", 100),
     ):
         median = measure(what.split(".py")[0], warm_up, flags.split())
         sample, update = median["time/sample"], median["time/update"]
