@@ -133,6 +133,7 @@ def test_the_oracle_is_told_the_task_and_infers_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(varibad, "vae_update", lambda *a: pytest.fail("an oracle has nothing to infer"))
     flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=120, eval_every=9, run_dir=str(tmp_path))
     run = train(varibad, oracle=True, **flags)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["buffer"] == {"trials": []}
     with np.load(run / "eval.npz") as arrays:
         goals = arrays["params"].astype(np.float32)
         np.testing.assert_array_equal(arrays["belief_mean"], np.broadcast_to(goals, (2, 6, 32, 2)))
