@@ -1,0 +1,44 @@
+"""results/table.py: the last evaluations, against means and deviations by hand."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_plot import make_run
+
+sys.path.insert(0, str(ROOT / "results"))
+import plot
+import table
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+
+
+def test_a_row_a_method_and_the_last_evaluation(tmp_path, capsys):
+    two = [make_run(tmp_path / f"{seed}", seed=seed) for seed in (0, 3)]
+    other = make_run(tmp_path / "other", script="maml", kind="step", ks=(0, 1))
+    lines = (two[0] / "eval.csv").read_text().splitlines()
+    (two[0] / "eval.csv").write_text("\n".join(x + end for x, end in zip(lines, [",eval/nmi", *[",0.5"] * 9])) + "\n")
+    table.main(table.Options((*two, other), digits=3))
+    head, line, milet, maml = rows(capsys.readouterr().out)
+    assert head == ["", "million frames", "episode 1", "episode 2", "step 0", "step 1", "nmi"]
+    assert set(line) == {"---"} and len(line) == len(milet) == len(maml) == 7
+    last = [plot.read_csv(run / "eval.csv")["eval/return_episode_2"][-1] for run in two]
+    mean, sd = np.mean(last), abs(last[0] - last[1]) / np.sqrt(2)
+    assert milet == ["milet (2 seeds)", "0.00", milet[2], f"{mean:.3f} ± {sd:.3f}", "", "", "0.50"]
+    assert maml[0] == "maml (1 seed)" and maml[2:4] == ["", ""] and "±" not in maml[5]
+
+
+def test_clusters(tmp_path, capsys):
+    run = make_run(tmp_path / "run", clusters=2, ks=(1,))
+    table.main(table.Options((run,), clusters=True))
+    assert rows(capsys.readouterr().out)[0][2:] == ["episode 1", "episode 1 cluster 0", "episode 1 cluster 1"]
+
+
+@pytest.mark.parametrize("runs, message", [([], "no run folder given"), (["nowhere"], "nowhere is not a run folder")])
+def test_wrong_input_gets_one_line(runs, message):
+    done = subprocess.run([sys.executable, ROOT / "results" / "table.py", *runs], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
