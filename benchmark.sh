@@ -186,7 +186,7 @@ campaigns() {
   run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
   run drawn-3m__mmaml_classification__0__small --iterations 300 --eval-every 100 --eval-episodes 30
   run drawn-3m__mmaml_classification__0__small-maml --iterations 300 --eval-every 100 --eval-episodes 30 --modulation none
-  run ml2__sop__0__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000
+  run ml2__sop__0__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000 --eval-every 1
   figure ml2 ml2__{hom,maml,cml}__0
 
   campaign point-variants '80 minutes' 'MILET and VariBAD on point-goal-4c with other settings, 3 seeds each'

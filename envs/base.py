@@ -126,6 +126,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         return tasks[:500] if split == "train" else tasks[500:]
 
     def nearest_cluster(self, params: np.ndarray) -> np.ndarray:
+        if self.num_clusters > 1:
+            raise NotImplementedError
         return np.zeros(len(params), int)
 
     def used_actions(self) -> np.ndarray:

@@ -148,7 +148,7 @@ def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
         table = dict(zip(names, values.T))
         returns = [name for name in names if wanted.fullmatch(name)]
         if not {"iteration", "charts/frames"} <= set(names) or not returns:
-            raise ValueError(f"it lacks the columns iteration, charts/frames or {wanted.pattern}")
+            raise ValueError(f"it lacks the columns iteration, charts/frames, or any like {wanted.pattern}")
         if not np.isfinite([table[name] for name in ("iteration", "charts/frames", *returns)]).all():
             raise ValueError("it has returns, iterations or frames that are not finite")
         if (np.diff(table["iteration"]) <= 0).any() or (np.diff(table["charts/frames"]) < 0).any():
@@ -207,8 +207,9 @@ def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[M
     groups = defaultdict(list)
     for args, table in zip(settings, tables):
         same_script = [other for other in settings if other["script"] == args["script"]]
-        shared = [k for k in args if k not in NOT_THE_METHOD and all(k in other for other in same_script)]
-        differs = [f"{k}={args[k]}" for k in shared if any(args[k] != other[k] for other in same_script)]
+        names = [k for k in dict.fromkeys(itertools.chain(*same_script)) if k not in NOT_THE_METHOD]
+        value = lambda run, k: run.get(k, "unknown")  # noqa: E731  a run of an older script may lack an argument
+        differs = [f"{k}={value(args, k)}" for k in names if any(value(args, k) != value(x, k) for x in same_script)]
         groups[" ".join([args["script"], *differs])].append((args, table))
     others = sorted({args["script"] for args in settings} - COLOURS.keys())
     colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))

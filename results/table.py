@@ -20,7 +20,7 @@ from plot import RETURN, Method, Unusable, methods, read_args, read_csv
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders
     clusters: bool = False  # show every true cluster
-    digits: int = 1  # digits of returns after the point
+    digits: int = 1  # digits of returns after the point (errors and accuracies want three)
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -52,6 +52,10 @@ def main(options: Options) -> None:
         if not options.runs:
             raise Unusable("no run folder given, see --help")
         settings = [read_args(run) for run in options.runs]
+        if len({run.resolve() for run in options.runs}) < len(options.runs):
+            raise Unusable("a run is given twice")
+        if len(names := {args["env"] for args in settings}) > 1:
+            raise Unusable(f"runs of different environments in one table: {', '.join(sorted(names))}")
         compared = methods(settings, [read_csv(run / "eval.csv") for run in options.runs])
         print(table(compared, options.clusters, options.digits))
     except (Unusable, OSError) as error:

@@ -38,6 +38,20 @@ def test_clusters(tmp_path, capsys):
     assert rows(capsys.readouterr().out)[0][2:] == ["episode 1", "episode 1 cluster 0", "episode 1 cluster 1"]
 
 
+def test_an_argument_that_older_runs_lack_tells_methods_apart(tmp_path, capsys):
+    old, new = make_run(tmp_path / "old"), make_run(tmp_path / "new", seed=1, anneal_vae=True)
+    table.main(table.Options((old, new)))
+    *_, first, second = rows(capsys.readouterr().out)
+    assert [first[0], second[0]] == ["milet anneal_vae=unknown (1 seed)", "milet anneal_vae=True (1 seed)"]
+
+
+def test_what_cannot_stand_in_one_table(tmp_path):
+    point, ant = make_run(tmp_path / "point"), make_run(tmp_path / "ant", env="ant-goal-4c")
+    for runs, message in [((point, ant), "different environments"), ((point, point), "given twice")]:
+        with pytest.raises(SystemExit, match=message):
+            table.main(table.Options(runs))
+
+
 @pytest.mark.parametrize("runs, message", [([], "no run folder given"), (["nowhere"], "nowhere is not a run folder")])
 def test_wrong_input_gets_one_line(runs, message):
     done = subprocess.run([sys.executable, ROOT / "results" / "table.py", *runs], capture_output=True, text=True)
