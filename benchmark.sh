@@ -66,11 +66,12 @@ campaigns() {
   run cheetah-dir__{rl2,varibad}__0 --frames 5000000
   for env in {hopper,walker}-params-4c cheetah-dir; do figure "$env" results/{milet,pearl}/"$env"__*__0; done
 
-  campaign maml '3 hours' 'MAML on cheetah-dir (2 seeds, and a looser KL), cheetah-vel and ant-dir'
-  run cheetah-dir__maml__{0,1} cheetah-vel__maml__0
+  campaign maml '5 hours' 'MAML on cheetah-dir (two inner losses, 3 seeds each, and a looser KL), cheetah-vel and ant-dir'
+  run cheetah-dir__maml__{0,1,2} cheetah-vel__maml__0
+  run cheetah-dir__maml__{0,1,2}__ratio --inner-loss likelihood-ratio
   run cheetah-dir__maml__0__kl-slack --kl-slack 0.1 --iterations 50
   run ant-dir__maml__0 --iterations 100
-  figure cheetah-dir cheetah-dir__maml__{0,1}
+  figure cheetah-dir cheetah-dir__maml__{0,1,2}{,__ratio}
   for env in cheetah-vel ant-dir; do figure "$env"; done
 
   campaign maml-mixed '80 minutes' 'MAML and Multi-MAML on ant-cheetah-dir, 16 million frames each'

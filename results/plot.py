@@ -298,6 +298,11 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
                 name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
                 axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
             axis.set_title(title)
+    entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+    if max(map(len, entries)) > 40:  # too wide for a panel
+        figure.legend(entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=7)
+    else:
+        for axis in axes.flat:
             axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("environment frames")
