@@ -296,8 +296,10 @@ def digits(root: Path) -> dict[str, Classes]:
     """scikit-learn's handwritten digits, upright and turned by 90 degrees: 20 classes, both turns in one part"""
     data = load_digits()
     images = {f"{digit}": (15.9 * data.images[data.target == digit]).astype(np.uint8) for digit in range(10)}
-    turned = lambda part: {f"{d} turned {k}": [np.rot90(x, k) for x in part[d]] for d in part for k in (0, 1)}  # noqa: E731
-    return {name: turned(part) for name, part in split(images, (0.4, 0.3, 0.3)).items()}
+    classes = {}
+    for name, part in split(images, (0.4, 0.3, 0.3)).items():
+        classes[name] = {f"{d} turned {k}": [np.rot90(image, k) for image in part[d]] for d in part for k in (0, 1)}
+    return classes
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZΓΔΘΛΞΠΣΦΨΩБДЖИЛЦЧШЭЮЯ"
