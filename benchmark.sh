@@ -140,12 +140,21 @@ campaigns() {
   figure drawn-3m
   figure drawn-3m-film drawn-3m__mmaml_classification__0
 
-  campaign cml '12 hours' 'CML on ant-cheetah-dir: two beginnings, 2 seeds; Sec. 5.2.1; FCML; both on point-goal-4c'
+  campaign cml '19 hours' 'CML on ant-cheetah-dir: two beginnings, 2 seeds, beside MAML; Sec. 5.2.1, 5.2.2; FCML; the point'
   run ant-cheetah-dir__cml__{0,1}
   run ant-cheetah-dir__cml__0__task-specific --init task-specific
-  run ant-cheetah-dir__cml__0__warmup --oracle-warmup 100 --iterations 110
+  run ant-cheetah-dir__maml__0 --iterations 200
+  run ant-cheetah-dir__maml__0__oracle --iterations 200 --oracle
   run ant-cheetah-dir__fcml__0 --warmup 60
-  figure ant-cheetah-dir results/maml/ant-cheetah-dir__*
+  figure ant-cheetah-dir
+  run ant-cheetah-dir__cml__0__warmup --oracle-warmup 100 --iterations 110
+  for first in 0 1; do
+    run ant-cheetah-dir__cml__0__switch-"$first" --learners 1 --switch-at 200 --first-cluster "$first" --iterations 400
+  done
+  figure warmup ant-cheetah-dir__cml__0__warmup
+  figure switch ant-cheetah-dir__cml__0__switch-{0,1}
+  run point-goal-4c__maml__0 --iterations 100
+  run point-goal-4c__cml__0 --learners 4 --iterations 100
   for e in 0.05 0.1 0.2 0.5; do run point-goal-4c__fcml__0__"$e" --epsilon "$e" --iterations 100; done
   figure point-goal-4c
 

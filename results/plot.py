@@ -3,7 +3,8 @@
     python results/plot.py RUN                the figures of one run, into RUN/figures/
     python results/plot.py RUN RUN ... --out FOLDER   learning curves of several runs on one figure; runs that differ
                                               in nothing but the seed are one method: its mean (bold), and below five
-                                              seeds each of them (thin), else the 95 % bootstrap interval of the mean
+                                              seeds each of them (thin), else the 95 % bootstrap interval of the mean;
+                                              over frames, or with --x iterations as some papers count
 
 A run is a folder with args.json and eval.csv. Figures of a single run also read eval.npz, and leave out what a run
 does not have (no clusters, no goals, no beliefs).
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import matplotlib
@@ -73,6 +75,7 @@ SHAPES = {
 }
 HERD_EMBEDDINGS = "fisher", "state-next-state", "latent", "gradient"  # the kinds of train_points
 NO_SHAPE = "alpha", "seed"  # a number, or several
+X_COLUMN = {"frames": "charts/frames", "iterations": "iteration"}
 
 # What is known of environments that only their scripts know: names of their modes, and the variance of the noise.
 SUPERVISED = {"mmaml_regression", "mmaml_classification"}
@@ -90,6 +93,8 @@ class Options:
     """run folders"""
     out: Path | None = None
     """where the figures go; default: figures/ in the first run"""
+    x: Literal["frames", "iterations"] = "frames"
+    """over what learning curves go: frames are fair to all, some papers count iterations"""
 
 
 class Unusable(Exception):
@@ -251,8 +256,8 @@ def scripted_return(args: dict, action: str) -> np.ndarray | None:
     return total
 
 
-def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[dict], out: Path) -> None:
-    """Held-out returns over environment frames, with scripted anchors.
+def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[dict], out: Path, x: str) -> None:
+    """Held-out returns over x, environment frames or iterations, with scripted anchors.
 
     Pooled into learning_curve.png; of every true cluster, where there are several, into learning_curve_clusters.png.
     """
@@ -264,7 +269,7 @@ def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[
     shown = panels(compared)
     anchors = {action: scripted_return(settings[0], action) for action in ("oracle", "still")}
     anchors = {action: returns for action, returns in anchors.items() if returns is not None}
-    figure = draw_curves(compared, [shown], [{k: returns.mean() for k, returns in anchors.items()}])
+    figure = draw_curves(compared, [shown], [{k: returns.mean() for k, returns in anchors.items()}], x)
     figure.suptitle(settings[0]["env"])
     save(figure, out / "learning_curve.png")
 
@@ -274,16 +279,16 @@ def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[
     if suffixes:
         rows = [{f"{k}, cluster {m}": [c + s for c in shown[k]] for k in shown} for m, s in suffixes.items()]
         levels = [{k: returns[cluster == m].mean() for k, returns in anchors.items()} for m in suffixes]
-        figure = draw_curves(compared, rows, levels)
+        figure = draw_curves(compared, rows, levels, x)
         figure.suptitle(settings[0]["env"])
         save(figure, out / "learning_curve_clusters.png")
 
 
-def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchors: list[dict]) -> plt.Figure:
+def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchors: list[dict], x: str) -> plt.Figure:
     """The panels of every row, with the anchors of that row, by name."""
     size = 4.2 * len(rows[0]), 2.6 * len(rows) + 0.6
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, sharex=True, sharey="row", squeeze=False)
-    budgets = [table["charts/frames"][-1] for method in compared for table in method.tables]
+    budgets = [table[X_COLUMN[x]][-1] for method in compared for table in method.tables]
     for row, row_axes, levels in zip(rows, axes, anchors):
         drawn = [(method, column) for columns in row.values() for method, column in zip(compared, columns)]
         late = [t[column][len(t[column]) // 4 :] for method, column in drawn for t in method.tables if column in t]
@@ -293,7 +298,7 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
         row_axes[0].set_ylabel("return on held-out tasks")
         for axis, (title, columns) in zip(row_axes, row.items()):
             for method, column in zip(compared, columns):
-                draw_method(axis, method, column, aligned=len(set(columns)) > 1)
+                draw_method(axis, method, column, len(set(columns)) > 1, x)
             for action, level in levels.items():
                 name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
                 axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
@@ -305,20 +310,20 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
         for axis in axes.flat:
             axis.legend(fontsize=7)
     for axis in axes[-1]:
-        axis.set_xlabel("environment frames")
+        axis.set_xlabel("environment frames" if x == "frames" else x)
     if max(budgets) >= 10 * min(budgets) > 0:
         axes[0][0].set_xscale("log", nonpositive="mask")
     return figure
 
 
-def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool) -> None:
-    """Mean and seeds of a column."""
+def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool = False, x: str = "frames") -> None:
+    """Mean and seeds of a column; aligned: the panel shows other episodes of other methods."""
     tables = [table for table in method.tables if column in table]
     if not tables:
         return
     common = reduce(np.intersect1d, [table["iteration"] for table in tables])
     kept = [np.isin(table["iteration"], common) for table in tables]
-    frames = np.mean([table["charts/frames"][rows] for table, rows in zip(tables, kept)], axis=0)
+    done = np.mean([table[X_COLUMN[x]][rows] for table, rows in zip(tables, kept)], axis=0)
     values = np.stack([table[column][rows] for table, rows in zip(tables, kept)])  # [seed, n]
     kind, k, _ = RETURN.fullmatch(column).groups()
     label = f"{method.label}, {kind} {k}" if aligned else method.label
@@ -326,12 +331,12 @@ def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool) -> N
         label += ", z of the prior"  # not adapted within the episode, as others are
     if len(tables) >= 5:
         result = bootstrap((values,), np.mean, axis=0, method="percentile", rng=np.random.default_rng(0))
-        axis.fill_between(frames, *result.confidence_interval, alpha=0.25, color=method.colour, linewidth=0)
+        axis.fill_between(done, *result.confidence_interval, alpha=0.25, color=method.colour, linewidth=0)
     elif len(tables) > 1:
         for table in tables:
-            axis.plot(table["charts/frames"], table[column], color=method.colour, linewidth=0.6, alpha=0.6)
-    marker = "o" if len(frames) < 3 else None  # a point alone makes no line
-    axis.plot(frames, values.mean(0), color=method.colour, linewidth=1.8, marker=marker, markersize=3, label=label)
+            axis.plot(table[X_COLUMN[x]], table[column], color=method.colour, linewidth=0.6, alpha=0.6)
+    marker = "o" if len(done) < 3 else None  # a point alone makes no line
+    axis.plot(done, values.mean(0), color=method.colour, linewidth=1.8, marker=marker, markersize=3, label=label)
 
 
 # == Figures of one run ================================================================================================
@@ -560,7 +565,7 @@ def mode_name(env: str, mode: int) -> str:
     return names[mode] if mode < len(names) else f"cluster {mode}"
 
 
-def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]], path: Path) -> None:
+def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]], path: Path, x: str) -> None:
     """MMAML's regression (error) and classification (accuracy): all held-out tasks, and those of every mode.
 
     Solid: after all gradient steps; dotted: before them, after modulation alone where there is one.
@@ -582,15 +587,15 @@ def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]],
     for axis, (suffix, title) in zip(axes.flat, titles.items()):
         for method in compared:
             first, last = (method.returns()[k] + suffix for k in (0, -1))
-            draw_method(axis, method, last, aligned=False)
+            draw_method(axis, method, last, x=x)
             for table in method.tables:
                 if first != last and first in table:
-                    axis.plot(table["charts/frames"], table[first], ":", color=method.colour, linewidth=1)
+                    axis.plot(table[X_COLUMN[x]], table[first], ":", color=method.colour, linewidth=1)
         for name, level in anchors.items():
             axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"{name}: {level:.2f}")
         axis.set(title=title, yscale="log" if is_error else "linear")
     for axis in axes[-1]:
-        axis.set_xlabel("points seen" if is_error else "images seen")
+        axis.set_xlabel(x if x == "iterations" else "points seen" if is_error else "images seen")
         axis.locator_params(axis="x", nbins=4)
     for axis in axes[:, 0]:
         axis.set_ylabel("mean squared error" if is_error else "accuracy")
@@ -644,13 +649,15 @@ def examples(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     save(figure, path)
 
 
-def supervised(settings: list[dict], tables: list[dict], data: dict[str, np.ndarray], out: Path) -> None:
+def supervised(
+    settings: list[dict], tables: list[dict], data: dict[str, np.ndarray], out: Path, x: str
+) -> None:
     """The figures of mmaml_regression.py and mmaml_classification.py; without data, the learning curves alone."""
     for key, what in dict(script="scripts", env="environments", shots="shots", ways="ways").items():
         if len(values := {str(args.get(key)) for args in settings}) > 1:
             raise Unusable(f"runs of different {what} on one figure: {', '.join(sorted(values))}")
     env = settings[0]["env"]
-    supervised_curves(settings, tables, out / "learning_curve.png")
+    supervised_curves(settings, tables, out / "learning_curve.png", x)
     if "curves" in data:
         fitted_curves(env, data, out / "curves.png")
     if "examples" in data:
@@ -687,8 +694,8 @@ def draw(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         if is_supervised:
-            return supervised(settings, tables, data, out)
-        learning_curves(env, settings, tables, out)
+            return supervised(settings, tables, data, out, options.x)
+        learning_curves(env, settings, tables, out, options.x)
         goals = "goal" in name or isinstance(env, envs.modes.Modes)
         if goals and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
             cluster_map(name, data, out / "cluster_map.png")

@@ -253,6 +253,22 @@ def test_frames_are_logarithmic_where_budgets_differ(tmp_path, drawn, factor, sc
 # == What cannot be drawn ==============================================================================================
 
 
+@pytest.mark.parametrize(
+    "script, kind, ks, label",
+    [("milet", "episode", (1, 2), "environment frames"), ("mmaml_classification", "step", (0, 5), "images seen")],
+)
+def test_curves_over_iterations(tmp_path, drawn, script, kind, ks, label):
+    env = "drawn-3m" if kind == "step" else "point-goal-4c"
+    run = make_run(tmp_path / "run", script, env, kind=kind, ks=ks)
+    table = plot.read_csv(run / "eval.csv")
+    for x, axis_label, column in (("frames", label, "charts/frames"), ("iterations", "iterations", "iteration")):
+        plot.main(plot.Options([run], x=x))
+        axis = drawn["learning_curve.png"].axes[0]
+        assert axis.get_xlabel() == axis_label
+        assert {tuple(line.get_xdata()) for line in lines(axis, script)} == {tuple(table[column])}
+    assert not np.array_equal(table["charts/frames"], table["iteration"])
+
+
 def test_runs_that_do_not_compare(tmp_path):
     runs = {"point": make_run(tmp_path / "a"), "ml2": make_run(tmp_path / "b", env="ml2", clusters=2)}
     runs["short"] = make_run(tmp_path / "c", horizon=3)
