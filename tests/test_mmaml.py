@@ -118,10 +118,11 @@ def rows(path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "charts/sps"))} for row in table]
 
 
-@pytest.mark.parametrize("oracle", [False, True])
-def test_without_modulation_it_is_promp_to_the_last_digit(tmp_path, oracle):
+@pytest.mark.parametrize("oracle, inner_steps", [(False, 2), (True, 2), (False, 0)])
+def test_without_modulation_it_is_promp_to_the_last_digit(tmp_path, oracle, inner_steps):
     torch.set_default_dtype(torch.float32)
-    flags = dict(env="point-2m", tasks=4, rollouts=3, horizon=8, iterations=3, eval_every=1, hidden=(6,), inner_steps=2)
+    flags = dict(env="point-2m", tasks=4, rollouts=3, horizon=8, iterations=3, eval_every=1, hidden=(6,))
+    flags |= dict(inner_steps=inner_steps)
     flags |= dict(clip=0.2, lr=0.01, oracle=oracle, train_alpha=oracle, adapt_eta=oracle)
     paths = [
         train(promp, run_dir=str(tmp_path / "promp"), **flags),
