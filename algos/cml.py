@@ -815,7 +815,7 @@ def parse_args(argv: list[str]) -> Args:
             fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
             fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
-    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast preset: {[*FAST]}."
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
     args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
     args = replace(args, resume=folder) if begun else args
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
