@@ -11,7 +11,7 @@ Algorithm 2  a trial on given tasks -> run_trial (at meta-test, evaluate calls i
 
   one trial        |  exploration episode, H steps, πψ  |  exploitation episode, H steps, πφ  |  next trial
   state, done flag |  s_0, 0 ................... s_H, 1 |  s'_0, 0 .................. s'_H, 1 |  reset
-  h_α, h_β, q, z   |  0 --- updated every step ---------- carried over, updated every step -> |  0
+  h_α, h_β (q, z)  |  0 --- updated every step ---------- carried over, updated every step -> |  0
 
 Symbols      c cluster -> y [batch, C], Gumbel-softmax sample or one-hot; z task latent, a sample [batch, latent_dim];
              h_α, h_β -> h_alpha, h_beta [batch, hidden]; q_θ(c|τ:t) -> q [batch, C]; mean and variance of q_θ(z|c,τ:t)
@@ -24,17 +24,18 @@ Deviations from the paper (P) or the official code (C)
   D2  P has λ_I, λ_P outside the sum over t; here inside the weighted groups, as C (else they are negligible).
   D3  C estimates KL(z) by one sample, reverses L_I (random steps) and L_P (a sampled y), ablates L_P alone; here as P.
   D4  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
-  D5  C loses the last reward of every episode; here a time limit bootstraps from V(terminal state).
+  D5  C drops the last reward of every episode; here V(s_H) stands for what follows (--no-exploration: V(s'_0)).
   D6  C adds 1e-8 to both densities of PPO's ratio, which stops the gradients of improbable actions; here plain.
   D7  P has the raw reward in Eq. (12); here normalised, as C; its scale is updated once a trial (C: every step).
   D8  C takes q(c|τ:0) in r_h, r_c as uniform; here the encoder's own, as P.
-  D9  C samples c at t = 0 of a test, and learns from a trial one iteration late; here argmax always, and at once.
+  D9  C samples c at t = 0 of a test, here the argmax; a trial enters V an iteration late in C, here at once.
   D10 P is silent on networks, Gumbel temperature, variance by softplus, buffer, PPO settings, and a first iteration
       that only collects: here as C, but rates of the policies by P, and both begin at once (C: πψ an iteration later).
-      P gives the policies z, a target copied every 50 epochs; here z's mean and variance, and meta-iterations, as C.
-  D11 C's policies see states normalised without bounds, the done flag among them; here within [-10, 10], and no flag:
-      it is 1 only where nobody acts (unless --keep-terminal): V(terminal state) would hang on a weight never trained.
+      P gives the policies z (Sec. 4.1) or q(z) (Alg. 2), a target copied every 50 epochs; here as C, q(z), iterations.
+  D11 C normalises the policies' states without bounds and shows them the done flag; here within [-10, 10], no flag: it
+      is 1 only where nobody acts (unless --keep-terminal), so that its weight would never learn, and V(s_H) needs it.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.
+  D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t, so never s_0, and t drawn at random.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -262.
@@ -273,8 +274,8 @@ class Decoder(nn.Module):
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
         errors = []
-        for of_z, of_x, target, t in zip(*self.parts(z, obs, action), truth, steps):  # target [H+, out]
-            errors.append((self.rest(of_z[:, None] + of_x[t]) - target[t]).square().mean())
+        for of_z, of_x, target, rows in zip(*self.parts(z, obs, action), truth, steps):  # rows: [term, decode], or all
+            errors.append((self.rest(of_z[:, None] + of_x[rows]) - target[rows]).square().mean())
         return torch.stack(errors).mean()
 
 
@@ -419,13 +420,13 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     next_obs, a, r = obs[:, :, 1:].flatten(1, 2), action.flatten(1, 2), reward.flatten(1, 2)  # [trial, H+, ·]
     trial_length = r.shape[1]  # H+
 
-    # h_α, h_β and ln q(c|τ:t), t = 0..H+: [H+ + 1, trial, ·]. s_0 is not encoded: t = 0 has h = 0.
+    # h_α, h_β and ln q(c|τ:t), t = 0..H+: [H+ + 1, trial, ·]. s_0 is not encoded (D13): t = 0 has h = 0.
     zero = torch.zeros(len(obs), args.hidden, device=device)
     h = encoder(a.transpose(0, 1), r.T, next_obs.transpose(0, 1), zero, zero)
     h_alpha, h_beta = (torch.cat([zero[None], x]) for x in h)
     log_q = encoder.cluster_logits(h_alpha).log_softmax(-1)
 
-    # ELBO_t at random steps t of every trial, by one sample of c and one of z each (App. A): [trial, term, ·]
+    # ELBO_t at random steps t of every trial (D13), by one sample of c and one of z each (App. A): [trial, term, ·]
     t = torch.randint(len(log_q), (len(obs), args.elbo_terms)).to(device)
     trial = torch.arange(len(obs), device=device)[:, None]
     gumbel = Gumbel(0.0, 1.0).sample((*t.shape, args.clusters)).to(device)
@@ -433,12 +434,12 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     q_z = encoder.task(h_beta[t, trial], y)
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
-    # ln p_ω(τ+|z), Eq. (5)
+    # ln p_ω(τ+|z), Eq. (5), at args.decodes random steps of the trial (0: at all)
     steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
-    errors = dict.fromkeys(("reward", "state"), torch.zeros((), device=device))
-    for name, truth in (("reward", r[..., None]), ("state", next_obs)):
-        if f"{name}_decoder" in agent:
-            errors[name] = agent[f"{name}_decoder"].error(z, obs, action, truth, steps)
+    reward_error = agent["reward_decoder"].error(z, obs, action, r[..., None], steps)
+    state_error = torch.zeros((), device=device)
+    if "state_decoder" in agent:
+        state_error = agent["state_decoder"].error(z, obs, action, next_obs, steps)
 
     # The KLs of Eq. (4), p(c) uniform; L_I, Eq. (6), over consecutive steps; L_P, Eq. (7), over clusters (D3)
     kl_z = kl_divergence(q_z, prior(y)).sum(-1).mean()
@@ -449,9 +450,8 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
 
     lambda_i, lambda_p = (args.lambda_i, args.lambda_p) if args.consistency else (0.0, 0.0)
     kls = args.kl_z_weight * (kl_z + lambda_p * l_p) + args.kl_c_weight * (kl_c + lambda_i * l_i)  # D1, D2
-    loss = errors["reward"] + args.lambda_s * errors["state"] + kls
-    errors = {f"{name}_error": error for name, error in errors.items()}
-    return dict(loss=loss, **errors, kl_z=kl_z, kl_c=kl_c, l_i=l_i, l_p=l_p)
+    loss = reward_error + args.lambda_s * state_error + kls
+    return dict(loss=loss, reward_error=reward_error, state_error=state_error, kl_z=kl_z, kl_c=kl_c, l_i=l_i, l_p=l_p)
 
 
 def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: list[Tensor], args: Args) -> dict:
@@ -519,15 +519,15 @@ def ppo_update(
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
-            s, b, u, old, v, g, adv = (x[rows] for x in batch)
-            pi, value = policy(s, b)
-            log_ratio = pi.log_prob(u).sum(-1) - old
+        for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
+            state, task, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
+            pi, value = policy(state, task)
+            log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # D6
             policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
-            clipped_value = v + (value - v).clamp(-args.clip, args.clip)
-            errors = (F.smooth_l1_loss(x, g, reduction="none") for x in (value, clipped_value))  # Huber's
-            critic_loss = 0.5 * torch.maximum(*errors).mean()
+            clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
+            huber = partial(F.smooth_l1_loss, target=target, reduction="none")
+            critic_loss = 0.5 * torch.maximum(huber(value), huber(clipped_value)).mean()
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - entropy_coef * entropy).backward()
@@ -552,9 +552,9 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """One trial of every held-out task (Algorithm 2): the metrics, and the arrays of eval.npz."""
-    trial = explore, _ = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
+    explore, exploit = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
     metrics = {}
-    for k, episode in enumerate(trial, start=1):
+    for k, episode in enumerate((explore, exploit), start=1):
         returns = episode.reward.double().sum(0).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
     guess = explore.q.argmax(-1).numpy()  # [H+1, task]
@@ -565,12 +565,12 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         metrics["eval/nmi"], metrics["eval/nmi_step_20"] = nmi(guess[-1]), nmi(guess[min(20, len(guess) - 1)])
         metrics["eval/ari"] = adjusted_rand_score(tasks.cluster, guess[-1])
         metrics["eval/nmi_by_parameters"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
-    obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(*trial))  # [episode, H or H+1, ...]
-    steps, (mean, var) = torch.arange(args.horizon), np.split(belief, 2, axis=-1)
+    obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(explore, exploit))
+    mean, var = np.split(belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
+    weights = torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy()
     arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=obs[..., :2], action=action)
-    arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var))
-    arrays |= dict(embedding=mean[0, -1], reward_weights=torch.stack(reward_weights(steps, args.horizon)).numpy())
-    return {k: float(v) for k, v in metrics.items()}, arrays
+    arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var), embedding=mean[0, -1])
+    return {k: float(v) for k, v in metrics.items()}, arrays | dict(reward_weights=weights)
 
 
 # == Training ==========================================================================================================
@@ -616,7 +616,7 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 6: what πψ and πφ are paid, Eq. (12) and (1), by normalised rewards (D7)
         bonus_h, bonus_c = exploration_bonus(explore.q)
-        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # as one, of H+ steps
+        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # as one, without s_H
         rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
         r_e = rewards[: args.horizon] + args.r_h * bonus_h + args.r_c * bonus_c
         batches = {"psi": (explore, r_e), "phi": (exploit, rewards[args.horizon :])}

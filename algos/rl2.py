@@ -412,15 +412,15 @@ def ppo_update(
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
-            u, old, v, g, adv = (x[rows] for x in batch)
+            u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
             pi, value = policy(encoder.belief(h))  # D3
-            log_ratio = pi.log_prob(u).sum(-1) - old
+            log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # ρ of Eq. (2)
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
-            clipped_value = v + (value - v).clamp(-args.clip, args.clip)
-            errors = (F.smooth_l1_loss(x, g, reduction="none") for x in (value, clipped_value))  # Huber's, Eq. (3)
-            critic_loss = 0.5 * torch.maximum(*errors).mean()
+            clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
+            huber = partial(F.smooth_l1_loss, target=target, reduction="none")
+            critic_loss = 0.5 * torch.maximum(huber(value), huber(clipped_value)).mean()  # Eq. (3)
             entropy = pi.entropy().sum(-1).mean()
             for optimizer in adam.values():
                 optimizer.zero_grad()

@@ -280,8 +280,8 @@ class Decoder(nn.Module):
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
         errors = []
-        for of_z, of_x, target, t in zip(*self.parts(z, obs, action), truth, steps):  # target [H+, out]
-            errors.append((self.rest(of_z[:, None] + of_x[t]) - target[t]).square().mean())
+        for of_z, of_x, target, rows in zip(*self.parts(z, obs, action), truth, steps):  # rows: [term, decode], or all
+            errors.append((self.rest(of_z[:, None] + of_x[rows]) - target[rows]).square().mean())
         return torch.stack(errors).mean()
 
 
@@ -507,15 +507,15 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
-            s, b, u, old, v, g, adv = (x[rows] for x in batch)
-            pi, value = policy(s, b)
-            log_ratio = pi.log_prob(u).sum(-1) - old
+            state, task, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
+            pi, value = policy(state, task)
+            log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # ρ of Eq. (2)
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
-            clipped_value = v + (value - v).clamp(-args.clip, args.clip)
-            errors = (F.smooth_l1_loss(x, g, reduction="none") for x in (value, clipped_value))  # Huber's, Eq. (3)
-            critic_loss = 0.5 * torch.maximum(*errors).mean()
+            clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
+            huber = partial(F.smooth_l1_loss, target=target, reduction="none")
+            critic_loss = 0.5 * torch.maximum(huber(value), huber(clipped_value)).mean()  # Eq. (3)
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()

@@ -490,5 +490,5 @@ def test_tracking_without_a_login(tmp_path):
 def test_help_lists_environments_and_shows_the_preset():
     output = " ".join(run("rl2", "--env", "point-goal-4c", "--help").stdout.split())
     assert "ant-cheetah-dir" in output and "discount factor" in output
-    assert re.search(r"fast preset: \[.*'point-goal-4c'", output)
+    assert re.search(r"fast: .*point-goal-4c", output)
     assert "(default: fast)" in output and "(default: 3200000)" in output
