@@ -437,16 +437,16 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
 
     # ln p_θ(τ+|z), Eq. (5)
     steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
-    errors = dict.fromkeys(("reward", "state"), torch.zeros((), device=device))
-    for name, truth in (("reward", r[..., None]), ("state", next_obs)):
-        if f"{name}_decoder" in agent:
-            errors[name] = agent[f"{name}_decoder"].error(z, obs, action, truth, steps)
+    reward_error = agent["reward_decoder"].error(z, obs, action, r[..., None], steps)
+    state_error = torch.zeros((), device=device)
+    if "state_decoder" in agent:
+        state_error = agent["state_decoder"].error(z, obs, action, next_obs, steps)
 
     # Eq. (4): sums over the terms and over the decoded steps of each, means over trials and state dimensions
     kl_z = kl_z[t, trial].mean()
     decodes = args.decodes or trial_length  # D9
-    loss = t.shape[1] * (decodes * (errors["reward"] + args.lambda_s * errors["state"]) + args.kl_weight * kl_z)  # D1
-    return dict(loss=loss, reward_error=errors["reward"], state_error=errors["state"], kl_z=kl_z)
+    loss = t.shape[1] * (decodes * (reward_error + args.lambda_s * state_error) + args.kl_weight * kl_z)  # D1
+    return dict(loss=loss, reward_error=reward_error, state_error=state_error, kl_z=kl_z)
 
 
 def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: list[Tensor], args: Args) -> dict:
