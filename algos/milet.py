@@ -149,8 +149,7 @@ HOPPER = dict(
     entropy_phi=1e-3, entropy_psi=1e-2,
 )  # fmt: skip
 PAPER = {
-    "humanoid-dir-4c": HUMANOID,
-    "humanoid-dir-sparse-4c": HUMANOID,
+    **dict.fromkeys(("humanoid-dir-4c", "humanoid-dir-sparse-4c"), HUMANOID),
     "hopper-params-4c": HOPPER,
     "walker-params-4c": HOPPER | dict(kl_z_weight=1e-3, kl_c_weight=1e-3),
 }
@@ -162,6 +161,11 @@ FAST = {  # tuned by us
     "point-goal-4c": dict(
         frames=3_200_000, num_envs=64, hidden=64, reward_decoder=(64, 64), kl_z_weight=3e-3, kl_c_weight=3e-3,
         elbo_terms=30, decodes=30, vae_updates=8, lr_vae=2e-3, minibatches=16, clip=0.1, lr_psi=1e-3, lr_phi=2e-3,
+    ),
+    "walker-params-4c": HOPPER | dict(
+        frames=2_500_000, num_envs=32, reward_decoder=(64, 64), state_decoder=(128, 64), kl_z_weight=1e-2,
+        kl_c_weight=1e-2, elbo_terms=20, decodes=20, vae_updates=3, lr_vae=2e-3, gae_lambda=0.95, ppo_epochs=4,
+        clip=0.1, lr_psi=5e-4, lr_phi=5e-4, init_std=0.5,
     ),
 }  # fmt: skip
 MAY_BE_0 = "seed", "num_threads", "decodes", "policy_embed"
@@ -297,10 +301,6 @@ class Policy(nn.Module):
             nn.init.zeros_(layer.bias)
         normc_(self.actor[-1].weight, 1.0)
         nn.init.zeros_(self.actor[-1].bias)
-
-    def observe(self, obs: Tensor) -> None:
-        """Add the states of obs [..., obs_dim] to the running statistics."""
-        self.stats.update(obs[..., :-1])
 
     def forward(self, obs: Tensor, belief: Tensor) -> tuple[Normal, Tensor]:
         """π before the squashing of a sample, whose Jacobian cancels in PPO's ratio; and V, [...]."""
@@ -514,7 +514,7 @@ def ppo_update(
         returns = advantage + value[:-1]
         explained_variance = 1 - (returns - value[:-1]).var() / (returns.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
-        policy.observe(obs[:-1])
+        policy.stats.update(obs[:-1, :, :-1])  # D11
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
@@ -624,7 +624,7 @@ def train(args: Args, run: "Run") -> None:
             batches = {"phi": (trial, rewards)}
         if iteration == 1:  # D10
             for name, (episode, _) in batches.items():
-                agent[name].observe(episode.obs[:-1].to(args.device))
+                agent[name].stats.update(episode.obs[:-1, :, :-1].to(args.device))
             continue
 
         sums = dict(return_episode_1=explore.reward, return_episode_2=exploit.reward, bonus_h=bonus_h, bonus_c=bonus_c)

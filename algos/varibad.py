@@ -599,12 +599,15 @@ def train(args: Args, run: "Run") -> None:
             agent["policy"].observe(trial.obs[:-1].to(args.device), trial.belief[:-1].to(args.device))
             continue
 
+        sums = dict(return_episode_1=first.reward, return_episode_2=second.reward)
+        metrics = {f"train/{name}": x.sum(0).mean().item() for name, x in sums.items()}
+
         # π maximises the return of the trial, Eq. (1)
         with run.timer("ppo"):
             left = 1 - (iteration - 1) / iterations  # of the run
             adam["policy"].param_groups[0]["lr"] = args.lr_policy * (left if args.anneal else 1)
             losses = ppo_update(agent["policy"], adam["policy"], trial, rewards, args)
-            metrics = {f"policy/{key}": value for key, value in losses.items()}
+            metrics |= {f"policy/{key}": value for key, value in losses.items()}
 
         # φ and θ maximise Eq. (4)
         with run.timer("elbo"):
@@ -612,8 +615,7 @@ def train(args: Args, run: "Run") -> None:
             terms = {}
             for _ in range(0 if args.oracle else args.vae_updates):
                 terms = vae_update(agent, adam["vae"], buffer.sample(args.vae_batch), args)
-        returns = {f"train/return_episode_{k}": e.reward.sum(0).mean().item() for k, e in ((1, first), (2, second))}
-        run.log(returns | metrics | terms)
+        run.log(metrics | terms)
 
 
 # == The same in every script ==========================================================================================

@@ -413,7 +413,7 @@ def test_ppo_against_literal_steps():
         adv = torch.stack([sum(0.72**k * delta[t + k] for k in range(10 - t)) for t in range(10)])
         v, target = v[:-1].flatten(), (adv + v[:-1]).flatten()
         adv = ((adv - adv.mean()) / (adv.std() + 1e-5)).flatten()
-        twin.observe(obs)
+        twin.stats.update(obs[..., :-1])
         old = log_prob(twin(obs, belief)[0])
     for _ in range(3):
         pi, value = twin(obs, belief)
@@ -468,7 +468,7 @@ def test_diagnostics_of_ppo():
     """One step has ratios of 1; explained variance is that of the values that acted, 1 where they are the returns."""
     once = small_args(ppo_epochs=1, minibatches=1, gae_lambda=1.0, gamma=0.0)
     policy, episode = milet.Policy(6, 2, once), make_episode()
-    policy.observe(episode.obs[:-1])
+    policy.stats.update(episode.obs[:-1, :, :-1])
     optimizer = torch.optim.Adam(policy.parameters(), 1e-1)
     with torch.no_grad():
         reward = policy(episode.obs, episode.belief)[1][:-1]
