@@ -166,7 +166,12 @@ FAST = {  # tuned by us
     "point-goal-4c": dict(
         frames=3_200_000, num_envs=64, hidden=64, reward_decoder=(64, 64), elbo_terms=30, decodes=30, vae_batch=50,
         lr_vae=2e-3, policy_hidden=(128, 64), minibatches=16, clip=0.1, lr_policy=2e-3, entropy=1e-4,
-    )
+    ),
+    **dict.fromkeys(("hopper-params-4c", "walker-params-4c"), WALKER | dict(
+        frames=2_500_000, num_envs=32, hidden=64, reward_decoder=(64, 64), state_decoder=(128, 64), kl_weight=1.0,
+        elbo_terms=20, decodes=20, truncate=0, vae_batch=50, vae_updates=3, lr_vae=2e-3, normalise_belief=False,
+        init_std=0.5, gae_lambda=0.95, ppo_epochs=4, minibatches=8, clip=0.1, lr_policy=5e-4, anneal=True, entropy=1e-3,
+    )),
 }  # fmt: skip
 MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed"
 
