@@ -50,21 +50,23 @@ campaigns() {
   run ant-goal-4c__milet__0 --preset paper
   figure ant-goal-4c
 
-  campaign milet-mujoco '18 hours' 'MILET on hopper, walker, humanoid, and the ant with sparse rewards or uniform goals'
-  run {hopper-params-4c,walker-params-4c,humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
-  for env in {hopper,walker}-params-4c humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
+  campaign milet-mujoco '17 hours' 'MILET on the humanoid, and on the ant with sparse rewards or uniform goals'
+  run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
+  for env in humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
 
-  campaign milet-tenth '70 minutes' 'MILET on ant, hopper and walker (at two rates), a tenth of the official budgets'
+  campaign milet-tenth '20 minutes' 'MILET on the ant at the published setting, a tenth of its frames'
   run ant-goal-4c__milet__0 --preset paper --frames 5000000
-  run {hopper,walker}-params-4c__milet__0 --preset paper --frames 1000000
-  run hopper-params-4c__milet__0__official-lr --preset paper --frames 1000000 --lr-phi 5e-4
-  run walker-params-4c__milet__0__official-lr --preset paper --frames 1000000 --lr-phi 3e-4 --lr-psi 3e-4
-  for env in {ant-goal,hopper-params,walker-params}-4c; do figure "$env"; done
+  figure ant-goal-4c
 
-  campaign belief-mujoco '50 minutes' 'RL2 and VariBAD on hopper, walker and cheetah-dir, beside stored MILET and PEARL'
-  run {hopper,walker}-params-4c__{rl2,varibad}__0 --frames 1000000
+  campaign belief-params '4 hours' 'MILET, VariBAD, RL2 and an oracle on hopper and walker, 2.5 million frames each'
+  run {hopper,walker}-params-4c__{milet,varibad}__0
+  run {hopper,walker}-params-4c__varibad__0__oracle --oracle
+  run {hopper,walker}-params-4c__rl2__0 --frames 2500000
+  for env in {hopper,walker}-params-4c; do figure "$env"; done
+
+  campaign belief-cheetah '40 minutes' 'RL2 and VariBAD on cheetah-dir, beside the stored PEARL'
   run cheetah-dir__{rl2,varibad}__0 --frames 5000000
-  for env in {hopper,walker}-params-4c cheetah-dir; do figure "$env" results/{milet,pearl}/"$env"__*__0; done
+  figure cheetah-dir results/pearl/cheetah-dir__*__0
 
   campaign maml '5 hours' 'MAML on cheetah-dir (two inner losses, 3 seeds each, and a looser KL), cheetah-vel and ant-dir'
   run cheetah-dir__maml__{0,1,2} cheetah-vel__maml__0
@@ -92,13 +94,16 @@ campaigns() {
   run reaching-2d__rmaml_reaching__0__quarter --max-share 0.25
   figure reaching reaching-2d__rmaml_reaching__0
 
-  campaign hom '1.5 hours' 'HoM with five embeddings, MAML and Multi-MAML on ml2, 3 seeds each, and five times as long'
+  campaign hom '4 hours' 'HoM, MAML and Multi-MAML on ml2, 3 seeds each; other embeddings; five times as long'
   run ml2__maml__{0,1,2} --tasks 20 --rollouts 10 --iterations 41
   run ml2__maml__{0,1,2}__oracle --tasks 20 --rollouts 10 --iterations 41 --oracle
-  for kind in diagonal last-layer full state-next-state gradient; do
-    run ml2__hom__{0,1,2}__"$kind" --embedding "$kind"
+  run ml2__maml__0__ratio --tasks 20 --rollouts 10 --iterations 41 --inner-loss likelihood-ratio
+  run ml2__maml__0__oracle-ratio --tasks 20 --rollouts 10 --iterations 41 --oracle --inner-loss likelihood-ratio
+  run ml2__hom__{0,1,2}
+  for kind in last-layer full state-next-state gradient; do
+    run ml2__hom__{0,1,2}__"$kind" --embedding "$kind" --iterations 12
   done
-  figure ml2 ml2__maml__{0,1,2} ml2__maml__{0,1,2}__oracle ml2__hom__{0,1,2}__diagonal
+  figure ml2 ml2__maml__{0,1,2} ml2__maml__{0,1,2}__oracle ml2__hom__{0,1,2}
   run ml2__hom__0__long --iterations 200
   run ml2__maml__0__long --tasks 20 --rollouts 10 --iterations 201
   run ml2__maml__0__oracle-long --tasks 20 --rollouts 10 --iterations 201 --oracle
@@ -140,7 +145,7 @@ campaigns() {
   figure drawn-3m
   figure drawn-3m-film drawn-3m__mmaml_classification__0
 
-  campaign cml '19 hours' 'CML on ant-cheetah-dir: two beginnings, 2 seeds, beside MAML; Sec. 5.2.1, 5.2.2; FCML; the point'
+  campaign cml '19 hours' 'CML on ant-cheetah-dir: two beginnings, 2 seeds, beside MAML; Sec. 5.2.1, 5.2.2; FCML'
   run ant-cheetah-dir__cml__{0,1}
   run ant-cheetah-dir__cml__0__task-specific --init task-specific
   run ant-cheetah-dir__maml__0 --iterations 200
@@ -153,9 +158,14 @@ campaigns() {
   done
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
-  run point-goal-4c__maml__0 --iterations 100
-  run point-goal-4c__cml__0 --learners 4 --iterations 100
-  for e in 0.05 0.1 0.2 0.5; do run point-goal-4c__fcml__0__"$e" --epsilon "$e" --iterations 100; done
+
+  campaign gradient-point '35 minutes' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
+  small='--tasks 20 --rollouts 10 --iterations 100'
+  run point-goal-4c__{maml,promp}__0__small $small
+  run point-goal-4c__maml__0__small-oracle $small --oracle
+  run point-goal-4c__hom__0__small $small --clusters 4 --embedding gradient
+  run point-goal-4c__cml__0__small $small --learners 4
+  for e in 0.05 0.1 0.2 0.5; do run point-goal-4c__fcml__0__small-"$e" $small --epsilon "$e"; done
   figure point-goal-4c
 
   campaign promp '30 minutes' 'ProMP on cheetah-dir, 2 seeds, 16 million frames each, beside the stored MAML'
@@ -185,12 +195,11 @@ campaigns() {
   run cheetah-vel-sparse__metacure__0 --iterations 30
   for env in point-goal-sparse cheetah-vel-sparse; do figure "$env"; done
 
-  campaign short '1 hour' 'the short runs of the pages whose scripts have no long ones yet, 1 seed'
+  campaign short '45 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 seed'
   run ml2__hom__0
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
   run cheetah-vel-noise__{maml,rmaml}__0__small --tasks 20 --rollouts 10 --iterations 40
-  run point-goal-4c__fcml__0__small --tasks 20 --rollouts 10 --iterations 30 --warmup 5 --epsilon 0.05
   run point-2m__mmaml__0__small --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100
   run point-2m__mmaml__0__small-promp --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
