@@ -162,11 +162,11 @@ FAST = {  # tuned by us
         frames=3_200_000, num_envs=64, hidden=64, reward_decoder=(64, 64), kl_z_weight=3e-3, kl_c_weight=3e-3,
         elbo_terms=30, decodes=30, vae_updates=8, lr_vae=2e-3, minibatches=16, clip=0.1, lr_psi=1e-3, lr_phi=2e-3,
     ),
-    "walker-params-4c": HOPPER | dict(
+    **dict.fromkeys(("hopper-params-4c", "walker-params-4c"), HOPPER | dict(
         frames=2_500_000, num_envs=32, reward_decoder=(64, 64), state_decoder=(128, 64), kl_z_weight=1e-2,
         kl_c_weight=1e-2, elbo_terms=20, decodes=20, vae_updates=3, lr_vae=2e-3, gae_lambda=0.95, ppo_epochs=4,
         clip=0.1, lr_psi=5e-4, lr_phi=5e-4, init_std=0.5,
-    ),
+    )),
 }  # fmt: skip
 MAY_BE_0 = "seed", "num_threads", "decodes", "policy_embed"
 
