@@ -19,7 +19,7 @@ Symbols      θ_1 .. θ_m -> theta [learner, d], log σ included; R_i(θ'_ij) ->
              D_0 and D_n, the listing's D and D' -> Batch; α -> alpha; δ -> delta; π_θ(a|s) -> GaussianPolicy;
              A -> advantage [task, rollout, step]. Numbers of equations and lines are ours; Alg. 3 is MAML's.
 
-Deviations from the paper (P) or the official code (C); D1 to D12 are those of maml.py
+Deviations from the paper (P) or the official code (C); D1 to D10 and D12 are those of maml.py
   D1  P has returns in Eq. (1); here GAE on a linear baseline, normalised in each task, as C.
   D2  P is silent on the end of an episode: the value after the last step is 0, time limit or fall, as C.
   D3  C takes undamped finite differences of ∇KL in float32; here J_iᵀ F_i J_i, the exact Hessian, damped by 1e-5.
@@ -507,25 +507,24 @@ def collect_all(
 
 
 def mean_returns(batch: Batch, learners: int) -> np.ndarray:
-    """R_i(θ'_ij) of Eq. (8), [learner, task], from D_n of all."""
+    """R_i(θ'_ij) of Eq. (8), [learner, task]: mean undiscounted returns of D_n, as collect_all gives it."""
     return batch.reward.double().sum(-1).mean(1).view(learners, -1).cpu().numpy()
 
 
 def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
-    """Of D_0 .. D_n of all learners those of the learner of each task, [task]."""
-    rows = learner * len(learner) + np.arange(len(learner))
+    """D_0 .. D_n of every task under its own learner c_i, [task], out of those of collect_all, [learner x task]."""
+    rows = learner * len(learner) + np.arange(len(learner))  # c_i · tasks + i
     return [batch.of(rows) for batch in data]
 
 
 def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) -> dict[str, float]:
-    """How Eq. (8) shares out tasks by scores [learner, task], of at most so many learners; also by true cluster."""
-    guess, present, ranked = score.argmax(0), np.unique(true), np.sort(score, 0)
+    """How Eq. (8) divides tasks by scores [learner, task], beside true clusters; a column for each learner."""
+    guess, present, top = score.argmax(0), np.unique(true), np.sort(score, 0)[-2:]  # top: second best, best
     table = np.array([[((guess == j) & (true == c)).sum() for c in present] for j in range(learners)])
-    second = ranked[-2] if len(ranked) > 1 else ranked[-1]
-    metrics = returns_by_cluster(f"{name}/margin", ranked[-1] - second, true)
+    metrics = returns_by_cluster(f"{name}/margin", top[-1] - top[0], true)  # 0 for a single learner
     metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
     if len(present) > 1:
-        metrics |= {f"{name}/tasks_{j}_cluster_{present[c]}": int(n) for (j, c), n in np.ndenumerate(table)}
+        metrics |= {f"{name}/tasks_{j}_cluster_{present[k]}": int(n) for (j, k), n in np.ndenumerate(table)}
         metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
         metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
         metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
@@ -593,14 +592,15 @@ def draw_tasks(env: envs.TaskVectorEnv, iteration: int, rng: torch.Generator, ar
 
 def assign(score: np.ndarray, tasks: envs.Tasks, iteration: int, rng: torch.Generator, args: Args) -> np.ndarray:
     """Eq. (8), c_i of each task from the scores [learner, task] (Alg. 1, l. 12); and what may come before it."""
-    own = args.init == "task-specific"
-    warmup = args.pretrain if own else args.oracle_warmup
-    if iteration <= warmup:
-        return np.arange(len(tasks)) % args.learners if own else tasks.cluster  # D15, D16
+    pretrain = args.pretrain if args.init == "task-specific" else 0
+    if iteration <= pretrain:
+        return np.arange(len(tasks)) % args.learners  # D16: in turn, as draw_tasks has them
+    if iteration <= args.oracle_warmup:
+        return tasks.cluster  # D15
     learner = score.argmax(0)
-    if iteration <= warmup + args.explore_iterations:  # D17
-        random = torch.rand(len(learner), generator=rng).numpy() < args.explore
-        learner[random] = torch.randint(args.learners, (random.sum(),), generator=rng)
+    if iteration <= pretrain + args.oracle_warmup + args.explore_iterations:  # D17
+        at_random = torch.rand(len(learner), generator=rng).numpy() < args.explore
+        learner[at_random] = torch.randint(args.learners, (at_random.sum(),), generator=rng)
     return learner
 
 

@@ -26,15 +26,16 @@ Deviations from the paper (P) or CML's official code (C); D1 to D14 are those of
   D10 Clusters are balanced. D11 One inner step, as C (P: 2). D12 KL ≤ δ, but for --kl-slack. D13 TRPO through the
       adaptation, as C; no step without tasks. D14 train/ has the very rollouts that chose, as P and C; eval/ others.
   D15 P's listing sets θ to the winner and keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, R before adaptation: if
-      R > 0, where any step helps. Its text: if the last step brings little; so here, g_i ≤ ε, relative to R(θ').
-  D16 P has no ε, R_min or limits; here one cluster an iteration, of the largest g_i, and other tasks above ε stay.
+      R > 0, unless a step does harm. Its text: if the last step brings little; so here, g_i ≤ ε, relative to R(θ').
+  D16 P has no ε, R_min or limits; here one cluster an iteration, of the largest g_i, and other tasks above ε stay. Nor
+      has P a warm-up; here a learner is older than --warmup iterations before a task of its own founds another.
   D17 "Till convergence" is here until five returns are on average not 1 % above the five before, or 50 steps.
   D18 P's listing collects U and C and never applies them, and its argmax is over a loss; here CML's step, and returns.
   D19 P's θ'' has a rate β and a sum over all tasks; here α and the one task.
   D20 The largest of 40 noisy g_i is above ε by chance; here fresh rollouts of θ' and θ'' must confirm it.
 
-Tested       python algos/fcml.py --env point-goal-4c --tasks 20 --rollouts 10 --iterations 30 --warmup 5 --epsilon 0.05
-             (4.1 million frames, 50 seconds): -171, then -94 after one step; four learners, NMI 0.86.
+Tested       python algos/fcml.py --env point-goal-4c --tasks 20 --rollouts 10 --iterations 100 --epsilon 0.05
+             (12.9 million frames, 4 minutes): -219, then -69 after one step; four learners, three used, NMI 0.54.
 """
 
 import importlib
@@ -89,7 +90,7 @@ class Args:
     max_learners: int = 4  # slots, the most meta-parameters (1: MAML)
     epsilon: float = 0.2  # ε, relative improvement by a further gradient step above which a task founds a cluster
     least_return: float = 10.0  # R_min, least return that improvements are relative to
-    warmup: int = 25  # first meta-iterations, in which no cluster is founded (D16)
+    warmup: int = 25  # first meta-iterations of a learner, in which its tasks found no cluster (D16)
     tune_steps: int = 50  # most gradient steps of a new meta-parameter on the task that founds its cluster (D17)
     tasks: int = 40  # number of tasks per meta-iteration
     rollouts: int = 20  # K, episodes per task and inner step
@@ -123,7 +124,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     return {
         f"--tasks must be at least {least}, for every cluster and a founder": args.tasks >= least,
         "--warmup must be shorter than --iterations": args.warmup < args.iterations or args.max_learners == 1,
-        "--epsilon must be at least 0, --least-return positive": args.epsilon >= 0 < args.least_return,
+        "--epsilon must be at least 0, --least-return positive": args.epsilon >= 0 and args.least_return > 0,
         "--mask-pad-actions is for environments of several robots": pads or not args.mask_pad_actions,
         "--alpha, --action-scale and --delta must be positive": min(args.alpha, args.action_scale, args.delta) > 0,
         "--damping and --kl-slack must be at least 0": min(args.damping, args.kl_slack) >= 0,
@@ -482,27 +483,26 @@ def full(theta: Tensor) -> Tensor:
 
 # Copied from algos/cml.py
 def mean_returns(batch: Batch, learners: int) -> np.ndarray:
-    """R_i(θ'_ij) of Eq. (8), [learner, task], from D_n of all."""
+    """R_i(θ'_ij) of Eq. (8), [learner, task]: mean undiscounted returns of D_n, as collect_all gives it."""
     return batch.reward.double().sum(-1).mean(1).view(learners, -1).cpu().numpy()
 
 
 # Copied from algos/cml.py
 def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
-    """Of D_0 .. D_n of all learners those of the learner of each task, [task]."""
-    rows = learner * len(learner) + np.arange(len(learner))
+    """D_0 .. D_n of every task under its own learner c_i, [task], out of those of collect_all, [learner x task]."""
+    rows = learner * len(learner) + np.arange(len(learner))  # c_i · tasks + i
     return [batch.of(rows) for batch in data]
 
 
 # Copied from algos/cml.py
 def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) -> dict[str, float]:
-    """How Eq. (8) shares out tasks by scores [learner, task], of at most so many learners; also by true cluster."""
-    guess, present, ranked = score.argmax(0), np.unique(true), np.sort(score, 0)
+    """How Eq. (8) divides tasks by scores [learner, task], beside true clusters; a column for each learner."""
+    guess, present, top = score.argmax(0), np.unique(true), np.sort(score, 0)[-2:]  # top: second best, best
     table = np.array([[((guess == j) & (true == c)).sum() for c in present] for j in range(learners)])
-    second = ranked[-2] if len(ranked) > 1 else ranked[-1]
-    metrics = returns_by_cluster(f"{name}/margin", ranked[-1] - second, true)
+    metrics = returns_by_cluster(f"{name}/margin", top[-1] - top[0], true)  # 0 for a single learner
     metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
     if len(present) > 1:
-        metrics |= {f"{name}/tasks_{j}_cluster_{present[c]}": int(n) for (j, c), n in np.ndenumerate(table)}
+        metrics |= {f"{name}/tasks_{j}_cluster_{present[k]}": int(n) for (j, k), n in np.ndenumerate(table)}
         metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
         metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
         metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
@@ -519,7 +519,7 @@ def gain(after: np.ndarray | float, before: np.ndarray | float, args: Args) -> n
 def tune(
     env_of: Callable, task: envs.Tasks, policy: GaussianPolicy, pair: Tensor, rng: torch.Generator, args: Args
 ) -> tuple[Tensor, float, list[float], int]:
-    """Of θ', θ'' [2, d] the latter [d], tuned till convergence (Alg. 2, l. 19); g_i again; its returns; the frames."""
+    """g_i of θ', θ'' [2, d] anew; if above ε, θ'' tuned (Alg. 2, l. 19): gives θ_m+1 [d], g_i, its returns, frames."""
     (both,) = collect(env_of(2), task[[0, 0]], policy, pair, [], rng, args)
     before, after = mean_returns(both, 1)[0].tolist()
     theta, batch, returns, frames = pair[1:], both.of([1]), [after], int(both.taken.sum())
@@ -529,8 +529,7 @@ def tune(
         (batch,) = collect(env_of(1), task, policy, theta, [], rng, args)
         returns.append(mean_returns(batch, 1).item())
         frames += int(batch.taken.sum())
-        earlier, later = sum(returns[-10:-5]) / 5, sum(returns[-5:]) / 5
-        if len(returns) >= 10 and gain(later, earlier, args) < 0.01:  # D17
+        if len(returns) >= 10 and gain(sum(returns[-5:]) / 5, sum(returns[-10:-5]) / 5, args) < 0.01:  # D17
             break
     return theta[0], g, returns, frames
 
@@ -588,7 +587,8 @@ def train(args: Args, run: "Run") -> None:
     policy = GaussianPolicy(env.single_observation_space.shape[0], env.single_action_space.shape[0], args)
     theta = nn.Parameter(torch.zeros(args.max_learners, sum(policy.sizes)).to(args.device), requires_grad=False)
     theta[0] = policy.init(run.rng)  # [slot, d], changed in place
-    agent = nn.ParameterDict(dict(theta=theta))
+    born = nn.Parameter(torch.zeros(args.max_learners), requires_grad=False)  # [slot], the iteration of its founding
+    agent = nn.ParameterDict(dict(theta=theta, born=born))
 
     score = partial(evaluate, env_of, test_tasks, policy, theta, args)
     for iteration in run.loop(args.iterations, dict(agent=agent), score):
@@ -608,25 +608,26 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 14-15: θ'', does the further step still help?
         g, confirmed, returns, cluster = np.zeros(args.tasks), 0.0, [], -1
-        if iteration > args.warmup and m < args.max_learners:  # D16
+        may_found = iteration - born.numpy(force=True)[learner] > args.warmup  # D16
+        if may_found.any() and m < args.max_learners:
             with run.timer("sample"):
-                thetas = [theta[learner]]  # θ_0 .. θ_n = θ', θ''
+                thetas = [theta[learner]]  # along D_0 .. D_n again: θ_0 .. θ_n = θ', and θ''
                 for batch in data:
                     thetas.append(adapt(policy, thetas[-1], batch, args.alpha, args))  # D19
                 last = sample(env, tasks, policy, thetas[-1], run.rng, args)
             run.frames += int(last.taken.sum())
-            g = gain(mean_returns(last, 1)[0], mean_returns(data[-1], 1)[0], args)  # Eq. (10), D15
+            g = may_found * gain(mean_returns(last, 1)[0], mean_returns(data[-1], 1)[0], args)  # Eq. (10), D15
 
         # l. 18-19: the task that it helps most founds a cluster, if fresh rollouts confirm that it helps (D20)
         i = int(g.argmax())
-        if g[i] > args.epsilon:
+        if g[i] > args.epsilon:  # so g was measured: it is 0 otherwise
             with run.timer("sample"):
                 pair = torch.stack(thetas[-2:])[:, i]  # θ', θ''
                 tuned, confirmed, returns, frames = tune(env_of, tasks[[i]], policy, pair, run.rng, args)
             run.frames += frames
         founded = confirmed > args.epsilon
         if founded:
-            theta[m], learner[i], cluster = tuned, -1, int(tasks.cluster[i])  # no longer a task of θ_j
+            theta[m], born[m], learner[i], cluster = tuned, iteration, -1, int(tasks.cluster[i])  # no task of θ_j now
 
         # l. 16-17: every learner takes a step on its own tasks, if it has any (D13, D18)
         stats = []
