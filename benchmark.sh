@@ -173,7 +173,7 @@ campaigns() {
   run cheetah-dir__promp__{0,1} --iterations 100
   figure cheetah-dir results/maml/cheetah-dir__*
 
-  campaign pearl-point '1 hour' 'PEARL on point-goal-4c, 3 seeds, and one that visits every task in every iteration'
+  campaign pearl-point '1 hour' 'PEARL on point-goal-4c, 3 seeds, and one with 100 visits an iteration'
   run point-goal-4c__pearl__{0,1,2}
   run point-goal-4c__pearl__0__visits --visits 100 --iterations 40
   figure point-goal-4c

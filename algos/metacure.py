@@ -20,8 +20,8 @@ Objective    Eq. (1)  q_φ(z|c_0 .. c_i) = N(m_i, diag v_i) after every token of
 Algorithm 1  l. 1  in every training task, trials of the explorer and steps of the exploiter -> collect_trials, collect
              l. 2  visits to tasks drawn with replacement: trials, z of the prior, z from trials -> collect_iteration
              l. 3  gradient steps, each on tasks drawn with replacement -> train_iteration, gradient_step
-             l. 4    stored trials are contexts; with their i-th token goes the i-th of other transitions of the task:
-                     exploiter and encoder learn -> critic_loss, kl_to_prior, actor_loss
+             l. 4    stored trials are contexts, and the belief after their i-th token goes with the i-th of N random
+                     transitions of the task: exploiter and encoder learn -> critic_loss, kl_to_prior, actor_loss
              l. 5    D and P learn -> prediction_errors      l. 6    the explorer learns -> soft_actor_critic
 Algorithm 2  l. 1  a test task: a trial of the explorer, mean actions -> explore
              l. 2  z ~ q_φ(z|all of it), and an episode of the exploiter with it, mean actions -> evaluate
@@ -32,7 +32,7 @@ Symbols      φ, D, P -> encoder, decoder, predictor; Q_1, Q_2, V, V̄, π -> q 
 
 Deviations from the official code (C)
   D1  C plays one episode at a time; here all visits of an iteration in lockstep, the explorer's trials first.
-  D2  C tests on its own tasks, some twice; here on the environment's 32 or 40, once.
+  D2  C tests on its own tasks, some twice, goals evenly spaced; here on the environment's 32 or 40, once, at random.
   D3  C has float64 buffers of 1e6 steps; here float32, as needed. An episode that ends early is filled up: last state,
       action and reward 0. So all trials have as many tokens; no transition of these is kept.
   D4  C has 13 optimisers and two a task, and weights prediction errors by 1 or 10; here five, and 1. Adam is
@@ -40,13 +40,13 @@ Deviations from the official code (C)
   D5  C takes the variance for the standard deviation in the KL; here it does not (--kl-as-code).
   D6  C's stored contexts lack the tokens of resets but the first, its newest trial is never drawn, and the last s' of
       an episode inside a trial is the next one's first state; here none of it.
-  D7  C's b_i+1 is that of the N tokens after c_0, though the transition is none of theirs; so here. C computes it, and
-      the errors in (11), after this step has changed φ, D and P; here before.
+  D7  C backs up to b_i+1 = q after c_1 .. c_i+1, without c_0, which does not follow from its (s, a, s'); so here. C
+      computes it, and the errors in (11), after this step has changed φ, D and P; here before.
   D8  Half of the explorer's trials in C should start from a posterior, but do not; here they are of one kind. The
       exploiter's posterior and extra blocks are alike in C; here one block, as long as both.
   D9  C draws the z of that block from shuffled transitions; here from a context as in training.
   D10 C counts the steps between renewals of b through a trial; here in every episode.
-  D11 C's encoder is SNAIL, or an LSTM whose state survives from one encoding to the next; here a GRU, or SNAIL.
+  D11 C's encoder is SNAIL, or an LSTM whose state outlives an encoding; here a GRU, or SNAIL, its last layer as MLP's.
   D12 C has a P of its own for each task where the environment's name has "vel" or "point" in it; here below 100 tasks.
 
 Tested       python algos/metacure.py --num-threads 1   (point-goal-sparse, 1.4 million frames, 31 minutes of one core
@@ -176,14 +176,14 @@ class MLP(nn.Module):
         super().__init__()
         self.nets = nn.ModuleList()
         for _ in range(copies):
-            *layers, _ = (layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU()))
-            for layer in layers[:-1:2]:
+            layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
+            for layer in layers[:-1]:
                 bound = 1 / math.sqrt(layer.out_features)
                 layer.weight.data.uniform_(-bound, bound)
                 layer.bias.data.fill_(0.1)
             for p in layers[-1].parameters():
                 p.data.uniform_(-last, last)
-            self.nets.append(nn.Sequential(*layers))
+            self.nets.append(nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1]))
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Inputs, joined along the last dimension, [row, ·] -> [copy, row, out]; large ones by oneDNN on a CPU."""
@@ -198,11 +198,11 @@ class Snail(nn.Module):
 
     def __init__(self, width: int, tokens: int):
         super().__init__()
-        self.layers, self.hidden_size = nn.ModuleList(), width
-        for dilation in [*(2**k for k in range(math.ceil(math.log2(tokens)))), 0] * 2:
-            width = self.hidden_size
+        self.layers, dilations = nn.ModuleList(), [2**k for k in range(math.ceil(math.log2(tokens)))]
+        for dilation in [*dilations, None] * 2:  # None: attention, whose 96 are queries, keys and values
             self.layers.append(nn.Conv1d(width, 32, 2, dilation=dilation) if dilation else nn.Linear(width, 96))
-            self.hidden_size += 16 if dilation else 32  # gated; queries, keys and values
+            width += 16 if dilation else 32  # a convolution's 32 are 16 values and 16 gates
+        self.hidden_size = width
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[task, token, in] -> [task, token, hidden_size], in a pair as nn.GRU's."""
@@ -405,13 +405,13 @@ def kl_to_prior(q: Normal, as_code: bool) -> Tensor:
 
 def prediction_errors(agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b: Tensor) -> tuple[Tensor, Tensor]:
     """e_D and e_P of Eq. (9), [row] each, of a batch [row, ·] that has one task after the other, and b [row, ·]."""
-    x, n, nets = torch.cat([batch.obs, batch.action], dim=-1), len(b) // len(tasks), agent["predictor"].nets
+    x, n, predictor = torch.cat([batch.obs, batch.action], dim=-1), len(b) // len(tasks), agent["predictor"]
     by_belief = agent["decoder"](b, x)[0]
-    if len(nets) > 1:
-        by_id = torch.cat([nets[k](rows) for k, rows in zip(tasks.tolist(), x.split(n))])
+    ids = predictor.nets[0][0].in_features - x.shape[1]  # width of the one-hot; 0: a network for each task (D12)
+    if ids == 0:
+        by_id = torch.cat([predictor.nets[k](rows) for k, rows in zip(tasks.tolist(), x.split(n))])
     else:
-        one_hot = F.one_hot(tasks, nets[0][0].in_features - x.shape[1]).repeat_interleave(n, dim=0)
-        by_id = agent["predictor"](one_hot, x)[0]
+        by_id = predictor(F.one_hot(tasks, ids).repeat_interleave(n, dim=0), x)[0]
     outcome = torch.cat([batch.reward, batch.next_obs], dim=-1)[:, : by_id.shape[1]]
     squares = [(prediction - outcome).square() for prediction in (by_belief, by_id)]
     e_d, e_p = (error[:, 0] + error[:, 1:].sum(-1) / batch.obs.shape[1] for error in squares)
@@ -473,10 +473,10 @@ def make_learner(make_env: Callable[[int], gym.vector.VectorEnv], tasks: envs.Ta
     env = make_env(1)
     obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     agent = make_agent(obs_dim, action_dim, args)
-    parts = dict(predictions=[agent["decoder"], agent["predictor"]], exploiter_critic=[agent["encoder"]])
-    for who in ("exploiter", "explorer"):
-        parts[f"{who}_critic"] = [*parts.get(f"{who}_critic", []), agent[who]["q"]]
-        parts[f"{who}_actor"] = [agent[who]["v"], agent[who]["policy"]]
+    parts = dict(predictions=[agent["decoder"], agent["predictor"]])
+    parts |= {f"{who}_critic": [agent[who]["q"]] for who in ("exploiter", "explorer")}
+    parts |= {f"{who}_actor": [agent[who]["v"], agent[who]["policy"]] for who in ("exploiter", "explorer")}
+    parts["exploiter_critic"].insert(0, agent["encoder"])  # φ learns with the exploiter's critic
     adam = {k: torch.optim.Adam(nn.ModuleList(v).parameters(), lr=args.lr, fused=True) for k, v in parts.items()}
     rl = Replay(len(tasks), sum(widths := (obs_dim, action_dim, 1, obs_dim, 1)))
     trials = Replay(len(tasks), args.explorer_episodes * (args.horizon + 1), obs_dim + action_dim + 1)
@@ -503,7 +503,7 @@ def collect_trials(learner: Learner, tasks: Tensor, trials: int, rng: torch.Gene
 
 
 def collect(learner: Learner, tasks: Tensor, n: int, infer: bool, rng: torch.Generator) -> float:
-    """The same of n steps of the exploiter, z of the prior, or in all episodes but the first of a context (D9)."""
+    """The mean return of a block of n steps of the exploiter; infer: z from a context (D9), but for episode 1."""
     args, agent, env = learner.args, learner.agent, learner.make_env(len(tasks))
     env_tasks, taken, returns = learner.tasks[tasks.numpy()], torch.zeros(len(tasks)), []
     while (play := taken < n).any():

@@ -375,12 +375,12 @@ def run_trial(
     encoder, zero = agent["encoder"], torch.zeros(len(tasks), args.hidden, device=args.device)
     gumbel = None if test else Gumbel(0.0, 1.0).sample((len(tasks), args.clusters)).to(args.device)  # D9
     memory = zero, zero, *infer(encoder, zero, zero, gumbel, args.temperature)
-    flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
-    obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
+    with_flag = partial(np.pad, pad_width=((0, 0), (0, 1)))  # appends the done flag, 0, to every state
+    obs = with_flag(env.reset(seed=seed, options={"tasks": tasks})[0])
     explore, memory = rollout(env, obs, agent["psi" if args.exploration else "phi"], encoder, memory, args, test)
     fine = ~env.unwrapped.broke  # [env], before the reset clears it (D12)
-    obs = np.pad(env.reset()[0], flag)
-    obs = explore.obs[-1].numpy() if args.keep_terminal else obs  # D4
+    start = with_flag(env.reset()[0])
+    obs = explore.obs[-1].numpy() if args.keep_terminal else start  # D4
     exploit, _ = rollout(env, obs, agent["phi"], encoder, memory, args, test)
     torch.set_num_threads(threads)
     if test:

@@ -469,8 +469,8 @@ def collect(
 ) -> float:
     """The mean return of a block of the visits to tasks [visit], each with a context of its own (D1).
 
-    infer: z from the posterior, but for the first episode. In every round of episodes a visit plays as many as its
-    missing steps need at least; or one, if that changes the posterior of the next.
+    infer: z from the posterior, but for the first episode. A round has as many episodes of a visit as its missing steps
+    need at least; one, if each is to change the posterior of the next.
     """
     args, visits, taken, returns = learner.args, len(tasks), torch.zeros(len(tasks)), []
     episodes = 1 if infer and to_context else math.ceil(steps / args.horizon)  # of a visit in a round
@@ -478,10 +478,10 @@ def collect(
     task = tasks[visit]  # [copy]
     env = learner.make_env(len(visit))
     while (taken < steps).any():
-        prior = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)
-        z = posterior_z(learner, contexts, episodes, rng) if infer else prior
-        if not taken.any():  # the first round, whose first episode has z from the prior
-            z = torch.cat([prior[:, :1], z[:, 1:]], dim=1)
+        z = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)  # from the prior
+        if infer:  # the first of all episodes keeps it
+            informed = posterior_z(learner, contexts, episodes, rng)
+            z = informed if taken.any() else torch.cat([z, informed[:, 1:]], dim=1)
         needed = ((steps - taken) / args.horizon).ceil()  # episodes [visit]; at most 0: done
         play = (torch.arange(episodes) < needed[:, None]).flatten()  # [copy]
         seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)

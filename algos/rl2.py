@@ -32,7 +32,6 @@ Deviations from the official code (C)
   D6  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D7  C's scale of the rewards is updated every step; here once a trial.
   D8  C is silent on physics that diverges; here nothing is learned from the trial.
-  D9  C's episode 2 begins on the terminal state of episode 1; here on the one after the reset.
 
 Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (3.2 million frames, 7-8 minutes on one core of
              an AMD EPYC, three seeds): episode 1 -42, -42, -41, episode 2 -37, -35, -32; one who knows the goal -19.
@@ -219,8 +218,8 @@ class Encoder(nn.Module):
 
     def first(self, obs: Tensor, h: Tensor) -> Tensor:
         """h after the first state of an episode, with action and reward 0."""
-        action = torch.zeros(len(obs), self.embed_action.in_features, device=obs.device)
-        return self(action[None], action[None, :, 0], obs[None], h)[0]
+        action = torch.zeros(1, len(obs), self.embed_action.in_features, device=obs.device)
+        return self(action, torch.zeros_like(action[..., 0]), obs[None], h)[0]
 
 
 class Policy(nn.Module):
@@ -274,10 +273,10 @@ class Recurrence(torch.autograd.Function):
         h_r, h_z, h_c = F.linear(h, w_h, b_h).chunk(3, dim=-1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         c = (x_c + r * h_c).tanh()
-        dc = (1 - z) * (1 - c**2)  # ∂h'/∂x_c; below, ∂h'/∂h_r, ∂h'/∂h_z, ∂h'/∂h_c, which the loop makes the loss's
-        dh = torch.stack([dc * h_c * r * (1 - r), (h - c) * z * (1 - z), dc * r], dim=2)
-        total, from_later = grad.clone(), torch.zeros_like(h[0])
-        for total_t, dh_t, z_t in reversed(list(zip(total, dh, z))):
+        dc = (1 - z) * (1 - c**2)  # ∂h'/∂x_c
+        dh = torch.stack([dc * h_c * r * (1 - r), (h - c) * z * (1 - z), dc * r], dim=2)  # ∂h'/∂(h_r, h_z, h_c)
+        total, from_later = grad.clone(), torch.zeros_like(h[0])  # ∂loss/∂h', and its share from later steps
+        for total_t, dh_t, z_t in reversed(list(zip(total, dh, z))):  # dh becomes ∂loss/∂(h_r, h_z, h_c)
             total_t += from_later
             dh_t *= total_t[:, None]
             from_later = torch.addmm(total_t * z_t, dh_t.flatten(1), w_h)
@@ -334,11 +333,11 @@ def run_trial(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     h = torch.zeros(len(tasks), args.hidden, device=args.device)
-    flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
-    obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
+    with_flag = partial(np.pad, pad_width=((0, 0), (0, 1)))  # appends the done flag, 0, to every state
+    obs = with_flag(env.reset(seed=seed, options={"tasks": tasks})[0])
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     fine = ~env.unwrapped.broke  # [env], before the reset clears it (D8)
-    obs = np.pad(env.reset()[0], flag)  # D9
+    obs = with_flag(env.reset()[0])
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
     if test:
@@ -383,11 +382,11 @@ def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
 def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -> Tensor:
     """h before each step of the trials, Eq. (4), with the gradients of all steps before: [H+, env, hidden]."""
     h, memory = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device), []
-    for obs, action, _, reward, _ in trial:
-        h = encoder.first(obs[0], h) if args.encode_first else h
-        memory.append(torch.cat([h[None], encoder(action, reward, obs[1:], h)]))
+    for episode in trial:
+        h = encoder.first(episode.obs[0], h) if args.encode_first else h
+        memory.append(torch.cat([h[None], encoder(episode.action, episode.reward, episode.obs[1:], h)]))  # [H+1, ...]
         h = memory[-1][-1]
-    return torch.cat([m[:-1] for m in memory])
+    return torch.cat([of_episode[:-1] for of_episode in memory])
 
 
 def ppo_update(
@@ -399,15 +398,15 @@ def ppo_update(
     """
     policy, encoder, reward = agent["policy"], agent["encoder"], reward.to(args.device)
     trial = tuple(Episode(*(x.to(args.device) for x in episode)) for episode in trial)
-    episode = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(*trial)))  # as one, of H+ steps
+    whole = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(*trial)))  # [H+, ...]: s'_0 follows s_{H-1}
     with torch.no_grad():
-        _, value = policy(episode.belief)  # value [H+ + 1, env]
+        _, value = policy(whole.belief)  # value [H+ + 1, env]
         advantage = advantages(reward, value, args)  # Eq. (3)
         returns = advantage + value[:-1]
         explained_variance = 1 - (returns - value[:-1]).var() / (returns.var() + 1e-8)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
-        old = policy(episode.belief[:-1])[0].log_prob(episode.sample).sum(-1)
-    batch = [x.flatten(0, 1) for x in (episode.sample, old, value[:-1], returns, advantage)]
+        old = policy(whole.belief[:-1])[0].log_prob(whole.sample).sum(-1)
+    batch = [x.flatten(0, 1) for x in (whole.sample, old, value[:-1], returns, advantage)]
     size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:

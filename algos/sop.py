@@ -425,12 +425,11 @@ def collect(learner: Learner, tasks: Tensor, contexts: Index, steps: int, infer:
     task = tasks[visit]  # [copy]
     env = learner.make_env(len(visit))
     while (taken < steps).any():
-        z = prior = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)
-        if infer:  # z ~ q_φ(z|c), c of every z a new sample of the visit's context
+        z = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)  # from the prior
+        if infer:  # z ~ q_φ(z|c), c of every z a new sample of the visit's context; the first of all episodes keeps it
             context = tokens(learner.storage.read(contexts.sample(visit, args.context, rng)), args).to(args.device)
-            z = draw(posterior(learner.agent["encoder"], context), rng).cpu().view(visits, episodes, -1)
-        if not taken.any():  # the first round, whose first episode has z from the prior
-            z = torch.cat([prior[:, :1], z[:, 1:]], dim=1)
+            informed = draw(posterior(learner.agent["encoder"], context), rng).cpu().view(visits, episodes, -1)
+            z = informed if taken.any() else torch.cat([z, informed[:, 1:]], dim=1)
         needed = ((steps - taken) / args.horizon).ceil()  # episodes [visit]; at most 0: done
         play = (torch.arange(episodes) < needed[:, None]).flatten()  # [copy]
         seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)

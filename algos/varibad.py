@@ -23,7 +23,7 @@ Symbols      z task latent, a sample [batch, latent_dim]; h, the state of the GR
              belief, its mean and log-variance [batch, 2 latent_dim]; φ -> encoder; θ -> reward_decoder, state_decoder;
              π (ψ) -> policy; H+ = 2 H, the steps of a trial
 
-Deviations from the official code (C)
+Deviations from the official code (C), and from the equations (D9)
   D1  C sums over terms and decoded steps, as here, and averages that over the trials of a batch; but its KL is summed
       over the 10 trials too. Here a mean, with 10 times C's weight.
   D2  C cuts the return at the end of each episode, and loses its last reward; here the return is that of the trial,
@@ -376,14 +376,14 @@ def run_trial(
     """Two episodes in each task, on one running belief."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
-    h = torch.from_numpy(tasks.params).float() if args.oracle else torch.zeros(len(tasks), args.hidden)
-    h = h.to(args.device)  # the oracle's is the task
-    flag = (0, 0), (0, 1)  # the done flag, 0, is the last number of a state
-    obs = np.pad(env.reset(seed=seed, options={"tasks": tasks})[0], flag)
+    no_memory = torch.zeros(len(tasks), args.hidden)
+    h = (torch.from_numpy(tasks.params).float() if args.oracle else no_memory).to(args.device)
+    with_flag = partial(np.pad, pad_width=((0, 0), (0, 1)))  # appends the done flag, 0, to every state
+    obs = with_flag(env.reset(seed=seed, options={"tasks": tasks})[0])
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     fine = ~env.unwrapped.broke  # [env], before the reset clears it (D11)
-    obs = np.pad(env.reset()[0], flag)
-    obs = first.obs[-1].numpy() if args.keep_terminal else obs  # D3
+    start = with_flag(env.reset()[0])
+    obs = first.obs[-1].numpy() if args.keep_terminal else start  # D3
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
     if test:
@@ -424,18 +424,18 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     next_obs, a, r = obs[:, :, 1:].flatten(1, 2), action.flatten(1, 2), reward.flatten(1, 2)  # [trial, H+, ·]
     trial_length = r.shape[1]  # H+
 
-    # q(z|τ:t), Eq. (7), t = 0..H+: [H+ + 1, trial, ·]. s_0 is not encoded: t = 0 has h = 0.
-    # Gradients go back within pieces of `truncate` steps.
+    # q(z|τ:t), Eq. (7), t = 0..H+: [H+ + 1, trial, ·]. h_0 = 0; gradients stop between pieces of `truncate` steps.
     h = [torch.zeros(1, len(obs), args.hidden, device=device)]
-    for part in zip(*(x.transpose(0, 1).split(args.truncate or trial_length) for x in (a, r, next_obs))):
-        h.append(encoder(*part, h[-1][-1].detach()))
+    pieces = (x.transpose(0, 1).split(args.truncate or trial_length) for x in (a, r, next_obs))
+    for a_piece, r_piece, next_obs_piece in zip(*pieces):  # [step, trial, ·]
+        h.append(encoder(a_piece, r_piece, next_obs_piece, h[-1][-1].detach()))
     belief = encoder.belief(torch.cat(h))
     before = torch.cat([torch.zeros_like(belief[:1]), belief[:-1]])  # zeros: N(0, I)
     kl_z = kl_divergence(encoder.task(belief), encoder.task(before)).sum(-1)  # of Eq. (6), [H+ + 1, trial]
 
     # ELBO_t at all or at random steps t of every trial, by one sample of z each: [trial, term, ·]
-    every = torch.arange(len(belief)).expand(len(obs), -1)
-    t = (torch.randint(len(belief), (len(obs), args.elbo_terms)) if args.elbo_terms else every).to(device)
+    all_t = torch.arange(len(belief)).expand(len(obs), -1)
+    t = (torch.randint(len(belief), (len(obs), args.elbo_terms)) if args.elbo_terms else all_t).to(device)
     trial = torch.arange(len(obs), device=device)[:, None]
     q_z = encoder.task(belief[t, trial])
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
@@ -459,7 +459,7 @@ def vae_update(agent: nn.ModuleDict, optimizer: torch.optim.Optimizer, batch: li
     terms = elbo_loss(agent, *(x.to(args.device) for x in batch), args)
     optimizer.zero_grad()
     terms["loss"].backward()
-    for name in ("encoder", "reward_decoder", "state_decoder")[: 2 + ("state_decoder" in agent)]:
+    for name in [part for part in ("encoder", "reward_decoder", "state_decoder") if part in agent]:
         nn.utils.clip_grad_norm_(agent[name].parameters(), 1.0)
     optimizer.step()
     return {f"elbo/{k}": v.item() for k, v in terms.items()}
