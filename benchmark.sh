@@ -57,9 +57,9 @@ campaigns() {
   run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
   for env in humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
 
-  campaign milet-tenth '35 minutes' 'MILET on ant, hopper and walker at the published settings, a tenth of their frames'
+  campaign milet-tenth '45 minutes' 'published settings, a tenth of the frames: MILET on ant, hopper, walker, others on hopper'
   run ant-goal-4c__milet__0 --preset paper --frames 5000000
-  run {hopper,walker}-params-4c__milet__0 --preset paper --frames 1000000
+  run {hopper,walker}-params-4c__milet__0 hopper-params-4c__{varibad,rl2}__0 --preset paper --frames 1000000
   for env in {ant-goal,hopper-params,walker-params}-4c; do figure "$env"; done
 
   campaign belief-params '4 hours' 'MILET, VariBAD, RL2 and an oracle on hopper and walker, 2.5 million frames each'

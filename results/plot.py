@@ -649,9 +649,7 @@ def examples(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     save(figure, path)
 
 
-def supervised(
-    settings: list[dict], tables: list[dict], data: dict[str, np.ndarray], out: Path, x: str
-) -> None:
+def supervised(settings: list[dict], tables: list[dict], data: dict[str, np.ndarray], out: Path, x: str) -> None:
     """The figures of mmaml_regression.py and mmaml_classification.py; without data, the learning curves alone."""
     for key, what in dict(script="scripts", env="environments", shots="shots", ways="ways").items():
         if len(values := {str(args.get(key)) for args in settings}) > 1:
