@@ -28,7 +28,7 @@ Deviations from the paper (P), and from the official code of PEARL (C), which P 
   D9  P divides r by max r, which is undefined at 0 and turns signs below it; here by max |r|. D10 P is silent on the
       part of (9), and draws an ã; here the diagonal of the last layer, and the mean over ã. P prints (12) with ∇π =
       π ∇ ln π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the points, and cut to 50 principal
-      components. D12 A training task joins the cluster of most of its points; without any, it has no member. D13 P
+      components. D12 A training task joins the cluster of most of its points; one without tasks has no member. D13 P
       is silent on how the probe plays; here z from the prior, sampled actions, one of the eval_episodes.
 
 Tested       python algos/sop.py --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000   (ml2,
