@@ -32,7 +32,6 @@ Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6
 Tested       python algos/hom.py --env ml2   (1.6 million frames, 5 minutes on one core): 54, then 104 after one step.
 """
 
-import importlib
 import json
 import math
 import os
@@ -89,7 +88,7 @@ class Args:
     warm_start: bool = False  # members start as the probe, instead of at random
     tasks: int = 40  # number of tasks per meta-iteration, of all members together (D10)
     rollouts: int = 20  # K, episodes per task and inner step
-    horizon: int = 100  # H, steps per episode
+    horizon: int = 100  # H, steps per episode (default: the environment's own)
     inner_steps: int = 1  # n, gradient steps of the adaptation in training
     alpha: float = 0.1  # α, inner step size
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
@@ -705,7 +704,7 @@ class Run:
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
                 if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
@@ -728,7 +727,7 @@ class Run:
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
         if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
             self.spoke = time.time()
-            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+            tqdm.write(f"iteration {self.iteration}/{self.bar.total} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -805,18 +804,22 @@ def parse_args(argv: list[str]) -> Args:
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
-    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    with blame(f"--env {given.env}"):
+        env = envs.find(given.env)
+    own = {"horizon": env.horizon} | (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **own)
     rows = Path(given.run_dir, given.name or "", "eval.csv")
     begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
+            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            env = envs.find(stored.env)
+        default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
-    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
-    args = replace(args, resume=folder) if begun else args
+    args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
@@ -824,10 +827,6 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    *module, env_id = args.env.split(":")
-    with blame(f"--env {args.env}"):
-        [*map(importlib.import_module, module)]
-        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
     for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())

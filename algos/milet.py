@@ -41,7 +41,6 @@ Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million fr
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -262.
 """
 
-import importlib
 import json
 import os
 import re
@@ -91,7 +90,7 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     num_envs: int = 16  # number of tasks, one copy of the environment each, per meta-iteration
-    horizon: int = 100  # number of steps per episode, H
+    horizon: int = 100  # number of steps per episode, H (default: the environment's own)
     clusters: int = 4  # number of clusters of the model, C
     exploration: bool = True  # a separate exploration policy (ablation: πφ acts in both episodes)
     stacked_gru: bool = True  # two GRUs, C-GRU and T-GRU (ablation: one GRU feeds both heads)
@@ -168,6 +167,7 @@ FAST = {  # tuned by us
         clip=0.1, lr_psi=5e-4, lr_phi=5e-4, init_std=0.5,
     )),
 }  # fmt: skip
+FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "decodes", "policy_embed"
 
 
@@ -478,8 +478,7 @@ def reward_weights(t: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
 def exploration_bonus(q: Tensor) -> tuple[Tensor, Tensor]:
     """γ_h r_h and γ_c r_c of Eq. (10)-(13), [H, env] each, from q(c|τ:t) [H+1, env, C] (D8)."""
     log_q = (q + 1e-8).log()
-    entropy = -(q * log_q).sum(-1)
-    r_h = entropy[:-1] - entropy[1:]  # Eq. (10)
+    r_h = (q * log_q).sum(-1).diff(dim=0)  # Eq. (10), the fall of the entropy -Σ q ln q
     r_c = -(q[:-1] * (log_q[:-1] - log_q[1:])).sum(-1)  # Eq. (11)
     gamma_h, gamma_c = reward_weights(torch.arange(len(r_h))[:, None], len(r_h))
     return gamma_h * r_h, gamma_c * r_c
@@ -568,7 +567,8 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
     obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(explore, exploit))
     mean, var = np.split(belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
     weights = torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy()
-    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=obs[..., :2], action=action)
+    trace = obs[..., :-1][..., :2]  # without the done flag
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=trace, action=action)
     arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var), embedding=mean[0, -1])
     return {k: float(v) for k, v in metrics.items()}, arrays | dict(reward_weights=weights)
 
@@ -707,7 +707,7 @@ class Run:
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
                 if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
@@ -730,7 +730,7 @@ class Run:
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
         if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
             self.spoke = time.time()
-            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+            tqdm.write(f"iteration {self.iteration}/{self.bar.total} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -807,18 +807,22 @@ def parse_args(argv: list[str]) -> Args:
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
-    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    with blame(f"--env {given.env}"):
+        env = envs.find(given.env)
+    own = {"horizon": env.horizon} | (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **own)
     rows = Path(given.run_dir, given.name or "", "eval.csv")
     begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
+            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            env = envs.find(stored.env)
+        default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
-    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
-    args = replace(args, resume=folder) if begun else args
+    args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
@@ -826,10 +830,6 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    *module, env_id = args.env.split(":")
-    with blame(f"--env {args.env}"):
-        [*map(importlib.import_module, module)]
-        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
     for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())

@@ -49,7 +49,6 @@ Tested       python algos/pearl.py --env cheetah-dir --iterations 60   (604,000 
              That run was made before D1 to D3 were what they are: blocks counted episodes, not steps.
 """
 
-import importlib
 import json
 import math
 import os
@@ -99,7 +98,7 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     train_tasks: int = 500  # number of training tasks, the first different ones of the environment's training set
-    horizon: int = 100  # H, steps per episode
+    horizon: int = 100  # H, steps per episode (default: the environment's own)
     initial_steps: int = 200  # steps in every training task before the first update, z from the prior
     visits: int = 5  # number of tasks visited per iteration, drawn with replacement
     prior_steps: int = 400  # steps of a visit with z from the prior
@@ -144,6 +143,11 @@ FAST = {
         train_tasks=100, initial_steps=200, visits=20, prior_steps=200, extra_steps=200, gradient_steps=1000,
         iterations=80, eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64,
         batch=64, gamma=0.9, reward_scale=20.0, tau=0.01, lr=1e-3,
+    ),
+    "point-goal-sparse": dict(  # as MetaCURE's
+        train_tasks=40, horizon=32, initial_steps=704, visits=20, prior_steps=256, extra_steps=96, gradient_steps=200,
+        iterations=200, encoder_hidden=(64, 64), hidden=(64, 64), meta_batch=8, context=33, batch=33, gamma=0.9,
+        reward_scale=100.0, tau=0.01, lr=2e-3,
     ),
 }  # fmt: skip
 MAY_BE_0 = ("seed", "num_threads", "posterior_steps", "extra_steps")
@@ -686,7 +690,7 @@ class Run:
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
                 if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
@@ -709,7 +713,7 @@ class Run:
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
         if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
             self.spoke = time.time()
-            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+            tqdm.write(f"iteration {self.iteration}/{self.bar.total} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -786,18 +790,22 @@ def parse_args(argv: list[str]) -> Args:
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
-    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    with blame(f"--env {given.env}"):
+        env = envs.find(given.env)
+    own = {"horizon": env.horizon} | (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **own)
     rows = Path(given.run_dir, given.name or "", "eval.csv")
     begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
+            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            env = envs.find(stored.env)
+        default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
-    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
-    args = replace(args, resume=folder) if begun else args
+    args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
@@ -805,10 +813,6 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    *module, env_id = args.env.split(":")
-    with blame(f"--env {args.env}"):
-        [*map(importlib.import_module, module)]
-        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
     for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())

@@ -37,7 +37,6 @@ Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (3.2 mill
              an AMD EPYC, three seeds): episode 1 -42, -42, -41, episode 2 -37, -35, -32; one who knows the goal -19.
 """
 
-import importlib
 import json
 import os
 import re
@@ -86,7 +85,7 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     num_envs: int = 16  # number of tasks, one copy of the environment each, per meta-iteration (D1)
-    horizon: int = 100  # number of steps per episode, H
+    horizon: int = 100  # number of steps per episode, H (default: the environment's own)
     cut_episodes: bool = False  # the return of episode 2 does not reach episode 1, as in the official code (D2)
     encode_first: bool = False  # encode the first state of each episode too, with action and reward 0
 
@@ -140,8 +139,9 @@ FAST = {  # tuned by us
     "point-goal-4c": dict(
         frames=3_200_000, num_envs=64, hidden=64, minibatches=8, clip=0.1, lr_policy=2e-3, lr_encoder=2e-3,
         entropy=1e-4,
-    )
+    ),
 }  # fmt: skip
+FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "policy_embed"
 
 
@@ -454,7 +454,8 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
     for k in (0, 1):
         returns = reward[k].astype(float).sum(0)
         metrics |= returns_by_cluster(f"eval/return_episode_{k + 1}", returns, tasks.cluster)
-    arrays = dict(trace=obs[..., :2], action=action, reward=reward, embedding=belief[0, -1])
+    trace = obs[..., :-1][..., :2]  # without the done flag
+    arrays = dict(trace=trace, action=action, reward=reward, embedding=belief[0, -1])
     return metrics, arrays | dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed)
 
 
@@ -562,7 +563,7 @@ class Run:
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
                 if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
@@ -585,7 +586,7 @@ class Run:
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
         if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
             self.spoke = time.time()
-            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+            tqdm.write(f"iteration {self.iteration}/{self.bar.total} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -662,18 +663,22 @@ def parse_args(argv: list[str]) -> Args:
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
-    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    with blame(f"--env {given.env}"):
+        env = envs.find(given.env)
+    own = {"horizon": env.horizon} | (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **own)
     rows = Path(given.run_dir, given.name or "", "eval.csv")
     begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
+            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            env = envs.find(stored.env)
+        default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
-    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
-    args = replace(args, resume=folder) if begun else args
+    args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
@@ -681,10 +686,6 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    *module, env_id = args.env.split(":")
-    with blame(f"--env {args.env}"):
-        [*map(importlib.import_module, module)]
-        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
     for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())

@@ -35,7 +35,6 @@ Tested       python algos/sop.py --iterations 12 --probe-iterations 4 --gradient
              280,000 frames, 27 minutes of a shared core, far too short): 46 before, then 73; assignment 80 % right.
 """
 
-import importlib
 import json
 import math
 import os
@@ -93,7 +92,7 @@ class Args:
     embed_repeats: int = 50  # episodes of the probe in each training task, every one a point to be clustered
     oracle: bool = False  # members by the true clusters, without a probe
     train_tasks: int = 4  # number of training tasks, the first different ones of the environment's training set
-    horizon: int = 200  # H, steps per episode
+    horizon: int = 200  # H, steps per episode (default: the environment's own)
     initial_steps: int = 2000  # steps of a learner in each of its training tasks before its first update
     visits: int = 10  # number of tasks visited per iteration, by all members together, drawn with replacement (D8)
     prior_steps: int = 1000  # steps of a visit with z from the prior, which are the context
@@ -116,7 +115,7 @@ class Args:
     policy_regularisation: float = 1e-3  # weight of the squared mean and log σ of the policy
 
 
-PAPER: dict[str, dict] = {"ml2": {}, "ant-cheetah-dir": {}}  # as above: the paper's Table 4, where it is silent D7
+PAPER = {env: dict(horizon=200) for env in ("ml2", "ant-cheetah-dir")}  # else as above: the paper's Table 4, and D7
 FAST: dict[str, dict] = {}  # none is tuned yet
 MAY_BE_0 = ("seed", "num_threads", "probe_iterations")
 KINDS = "fisher", "state-next-state", "latent", "gradient"  # of embeddings, in this order
@@ -706,7 +705,7 @@ class Run:
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
                 if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
@@ -729,7 +728,7 @@ class Run:
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
         if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
             self.spoke = time.time()
-            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+            tqdm.write(f"iteration {self.iteration}/{self.bar.total} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -806,18 +805,22 @@ def parse_args(argv: list[str]) -> Args:
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
-    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    with blame(f"--env {given.env}"):
+        env = envs.find(given.env)
+    own = {"horizon": env.horizon} | (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **own)
     rows = Path(given.run_dir, given.name or "", "eval.csv")
     begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
+            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            env = envs.find(stored.env)
+        default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
-    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
-    args = replace(args, resume=folder) if begun else args
+    args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
@@ -825,10 +828,6 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    *module, env_id = args.env.split(":")
-    with blame(f"--env {args.env}"):
-        [*map(importlib.import_module, module)]
-        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
     for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())

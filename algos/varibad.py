@@ -46,7 +46,6 @@ Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 
              of an AMD EPYC, three seeds): episode 1 -54, -90, -60, episode 2 -42, -99, -60; one who knows the goal -19.
 """
 
-import importlib
 import json
 import os
 import re
@@ -95,7 +94,7 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     num_envs: int = 16  # number of tasks, one copy of the environment each, per meta-iteration (D5)
-    horizon: int = 100  # number of steps per episode, H
+    horizon: int = 100  # number of steps per episode, H (default: the environment's own)
     oracle: bool = False  # the policy is told the parameters of the task, in place of a belief (no ELBO is trained)
     keep_terminal: bool = False  # start episode 2 on the terminal state of episode 1, as the official code (D3)
     cut_episodes: bool = False  # the return of episode 2 does not reach episode 1, as in the official code (D2)
@@ -173,6 +172,7 @@ FAST = {  # tuned by us
         init_std=0.5, gae_lambda=0.95, ppo_epochs=4, minibatches=8, clip=0.1, lr_policy=5e-4, anneal=True, entropy=1e-3,
     )),
 }  # fmt: skip
+FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed"
 
 
@@ -553,7 +553,8 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         returns = reward[k].double().sum(0).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k + 1}", returns, tasks.cluster)
         metrics[f"eval/belief_std_{k + 1}"] = q_z.stddev[k, -1].mean().item()
-    arrays = dict(trace=obs[..., :2], action=action, reward=reward, belief_mean=q_z.mean, belief_std=q_z.stddev)
+    trace = obs[..., :-1][..., :2]  # without the done flag
+    arrays = dict(trace=trace, action=action, reward=reward, belief_mean=q_z.mean, belief_std=q_z.stddev)
     arrays = {name: x.numpy() for name, x in arrays.items()} | {"embedding": q_z.mean[0, -1].numpy()}
     return metrics, arrays | dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed)
 
@@ -682,7 +683,7 @@ class Run:
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
                 self.save()
                 if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue with --resume {self.path}")
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
                     raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
@@ -705,7 +706,7 @@ class Run:
         self.bar.set_postfix_str(f"{speed:,.0f} frames/s, training returns {', '.join(returns)}", refresh=False)
         if self.bar.disable and time.time() - self.spoke > 60:  # no terminal: a line a minute
             self.spoke = time.time()
-            tqdm.write(f"iteration {self.iteration} · frames {self.frames:,} · {self.bar.postfix}")
+            tqdm.write(f"iteration {self.iteration}/{self.bar.total} · frames {self.frames:,} · {self.bar.postfix}")
 
     def evaluation(self) -> dict[str, float]:
         metrics, arrays = self.evaluate()
@@ -782,18 +783,22 @@ def parse_args(argv: list[str]) -> Args:
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
-    default = replace(Args(), env=given.env, preset=preset, **(FAST if preset == "fast" else PAPER).get(given.env, {}))
+    with blame(f"--env {given.env}"):
+        env = envs.find(given.env)
+    own = {"horizon": env.horizon} | (FAST if preset == "fast" else PAPER).get(given.env, {})
+    default = replace(Args(), env=given.env, preset=preset, **own)
     rows = Path(given.run_dir, given.name or "", "eval.csv")
     begun = given.name and not folder and rows.is_file() and rows.stat().st_size > 0  # a checkpoint comes before rows
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            fail(f"{folder} is a run of {stored['script']}.py", when=stored["script"] != SCRIPT)
-            fail(f"{folder} is of another version of {SCRIPT}.py", when=stored.keys() != {"script", *asdict(default)})
+            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
+            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            env = envs.find(stored.env)
+        default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
-    args = tyro.cli(Args, args=argv, default=stored if folder and not begun else default, description=about)
-    args = replace(args, resume=folder) if begun else args
+    args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():
         flag, least = f"--{name.replace('_', '-')}", int(name not in MAY_BE_0)
@@ -801,10 +806,6 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    *module, env_id = args.env.split(":")
-    with blame(f"--env {args.env}"):
-        [*map(importlib.import_module, module)]
-        env = envs.ENVIRONMENTS[gym.spec(env_id).id]
     for message, holds in check(args, env).items():
         fail(message, when=not holds)
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())

@@ -1,5 +1,7 @@
 """Importing this package registers every environment with Gymnasium."""
 
+import importlib
+
 import gymnasium as gym
 
 from envs.ant import Ant1M, Ant2M, Ant4M, AntDir, AntGoal4C, AntGoalPartial4C, AntGoalU
@@ -12,7 +14,7 @@ from envs.rand_params import HopperParams4C, WalkerParams4C
 from envs.reacher import Reacher1M, Reacher2M, Reacher4M, Reacher6M, Reacher6MBug
 from envs.walker2d import WalkerDir
 
-__all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "register", "vector_env"]
+__all__ = ["ENVIRONMENTS", "MujocoVectorEnv", "SingleEnv", "TaskVectorEnv", "Tasks", "find", "register", "vector_env"]
 
 ENVIRONMENTS: dict[str, type[TaskVectorEnv]] = {  # id: class
     "ant-goal-4c": AntGoal4C,  # MILET
@@ -52,6 +54,16 @@ def register(env_id: str, env_class: type[TaskVectorEnv]) -> None:
     """Make an environment known to `gym.make` (one copy) and `gym.make_vec` (many)."""
     ENVIRONMENTS[env_id] = env_class
     gym.register(env_id, "envs:SingleEnv", vector_entry_point="envs:vector_env", kwargs={"env_id": env_id})
+
+
+def find(name: str) -> type[TaskVectorEnv]:
+    """The class of an environment id; `module:id` imports the module first, which registers it."""
+    module, _, env_id = name.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if env_id not in ENVIRONMENTS:
+        raise LookupError(f"no such environment; there are {', '.join(ENVIRONMENTS)}, and what envs.register is given")
+    return ENVIRONMENTS[env_id]
 
 
 def vector_env(env_id: str, **kwargs) -> TaskVectorEnv:

@@ -127,7 +127,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
     def nearest_cluster(self, params: np.ndarray) -> np.ndarray:
         if self.num_clusters > 1:
-            raise NotImplementedError
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} has {self.num_clusters} clusters, and no nearest_cluster(params)")
         return np.zeros(len(params), int)
 
     def used_actions(self) -> np.ndarray:
@@ -177,7 +178,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.reset_state(ids)
         self.elapsed[mask] = 0
         self.fell[mask] = self.broke[mask] = self.done[mask] = False
-        return self.observation().astype(np.float32), {}
+        return self._checked("observation", self.observation(), self.obs_dim).astype(np.float32), {}
 
     def step(self, action):
         """One control step of every copy that is not frozen.
@@ -200,11 +201,21 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.elapsed[alive] += 1
         self.broke |= alive & self.diverged()
         self.fell |= alive & ~self.broke & self.terminated()
-        reward = np.where(alive & ~self.broke, self.reward(action), 0.0)
+        reward = np.where(alive & ~self.broke, self._checked("reward", self.reward(action)), 0.0)
+        if not np.isfinite(reward).all():
+            raise FloatingPointError(f"{type(self).__name__}.reward gave NaN or infinity")
         truncated = (self.broke | (self.elapsed >= self.horizon)) & ~self.fell
         self.done = self.fell | truncated
         info = {"diverged": self.broke.copy()}
-        return self.observation().astype(np.float32), reward, self.fell.copy(), truncated, info
+        obs = self._checked("observation", self.observation(), self.obs_dim).astype(np.float32)
+        return obs, reward, self.fell.copy(), truncated, info
+
+    def _checked(self, method: str, array: np.ndarray, *dims: int) -> np.ndarray:
+        """What a definition's method gave, if it has a row for every copy."""
+        if array.shape != (self.num_envs, *dims):
+            name = f"{type(self).__name__}.{method}"
+            raise ValueError(f"{name} gave an array of shape {array.shape}, expected {(self.num_envs, *dims)}")
+        return array
 
     def close_extras(self, **kwargs) -> None:
         """Nothing to close; Gymnasium's arguments (`terminate`, `timeout`) are for worker processes."""

@@ -315,6 +315,39 @@ def test_an_environment_of_ones_own_module(tmp_path, monkeypatch):
     check_env(gym.make("own-point").unwrapped, skip_render_check=True)
 
 
+def test_every_environment_is_tested():
+    assert set(IDS) == {i for i, env in envs.ENVIRONMENTS.items() if env.__module__.startswith("envs.")}
+
+
+def test_what_a_definition_does_wrong_is_named(monkeypatch):
+    point = envs.ENVIRONMENTS["point-goal-4c"]
+    for method, wrong, error, words in (
+        ("reward", lambda self, action: np.zeros((3, 3)), ValueError, r"PointGoal4C.reward .*, expected \(3,\)"),
+        ("reward", lambda self, action: np.full(3, np.nan), FloatingPointError, "PointGoal4C.reward gave NaN"),
+        ("observation", lambda self: np.zeros(3), ValueError, r"PointGoal4C.observation .* expected \(3, 2\)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(point, method, wrong)
+            env = gym.make_vec("point-goal-4c", num_envs=3)
+            with pytest.raises(error, match=words):
+                env.reset(seed=0)
+                env.step(np.zeros((3, 2)))
+    with monkeypatch.context() as patch:
+        patch.delattr(point, "nearest_cluster")
+        with pytest.raises(NotImplementedError, match="PointGoal4C has 4 clusters"):
+            gym.make_vec("point-goal-4c").unwrapped.nearest_cluster(np.zeros((1, 2)))
+
+
+def test_an_environment_is_found_by_its_id_and_module(tmp_path, monkeypatch):
+    (tmp_path / "found_envs.py").write_text(
+        "import envs\n\nenvs.register('found', type('Found', (envs.ENVIRONMENTS['ml2'],), {}))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert envs.find("ml2") is envs.ENVIRONMENTS["ml2"] and envs.find("found_envs:found").__name__ == "Found"
+    with pytest.raises(LookupError, match="there are ant-goal-4c, "):
+        envs.find("cheetah")
+
+
 def test_single_form_shows_the_tasks():
     env = gym.make("ant-goal-4c").unwrapped
     env.reset(seed=0)

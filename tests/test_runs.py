@@ -1,6 +1,7 @@
 """Whole runs. Every script: smoke, kill and resume, evaluate. The last section, on the cheapest script: the rest."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -105,6 +106,10 @@ def main(*flags, script: str = "maml") -> None:
 
 
 # -- every script ------------------------------------------------------------------------------------------------------
+
+
+def test_every_script_has_a_short_run():
+    assert QUICK.keys() == {path.stem for path in (ROOT / "algos").glob("*.py")}
 
 
 @pytest.mark.parametrize("script", QUICK)
@@ -338,9 +343,9 @@ BAD_RUNS = {  # flags, what is done to the folder, what the line says
     "a list for a number": ("--resume", edit(alpha=[1]), "args.json is damaged"),
     "a number for a list": ("--evaluate", edit(hidden=7), "args.json is damaged"),
     "an unknown choice": ("--evaluate", edit(activation="gelu"), "args.json is damaged"),
-    "a key too few": ("--resume", edit(without="gamma"), "of another version"),
-    "a key too many": ("--resume", edit(colour="red"), "of another version"),
-    "another script": ("--resume", edit(script="nobody"), "is a run of nobody.py"),
+    "a key too few": ("--resume", edit(without="gamma"), "only one has gamma"),
+    "a key too many": ("--resume", edit(colour="red"), "only one has colour"),
+    "another script": ("--resume", edit(script="nobody"), "only one has maml.py, nobody.py"),
     "no script": ("--resume", edit(without="script"), "args.json is damaged"),
     "another environment": ("--resume", edit(env="cheetah-dir"), "belongs to maml.py on point-goal-4c"),
     "other sizes": ("--evaluate", edit(hidden=[7]), "of other arguments"),
@@ -352,6 +357,21 @@ BAD_RUNS = {  # flags, what is done to the folder, what the line says
     "agent of noise": ("--evaluate", write("agent.pt", b"noise" * 1000), "damaged"),
     "agent of NaN": ("--evaluate", poison, "NaN"),
 }
+
+
+@pytest.mark.parametrize(
+    "script, flags, horizon",
+    [
+        ("maml", "--env reacher-4m", 50),
+        ("maml", "--env reacher-4m --horizon 20", 20),
+        ("milet", "--env cheetah-vel-sparse", 64),
+        ("pearl", "--env point-goal-sparse --preset paper", 32),
+        ("pearl", "--env ml2", 200),
+        ("sop", "", 200),
+    ],
+)
+def test_the_horizon_is_the_environments_unless_preset_or_user_say_otherwise(script, flags, horizon):
+    assert importlib.import_module(script).parse_args(flags.split()).horizon == horizon
 
 
 @pytest.mark.parametrize("case", BAD_RUNS)

@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BELIEF = "--frames 480 --num-envs 4 --horizon 20"
 GRADIENT = "--iterations 2 --tasks 4 --rollouts 2 --horizon 20"
 SHORT = {  # flags of a short run
-    "milet": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5",
+    "milet": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5 --minibatches 8",
     "varibad": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5",
     "rl2": BELIEF,
     "maml": GRADIENT,
@@ -126,7 +126,11 @@ def test_documented_commands_run(command, tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / script), run_name="__main__")
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    assert next((tmp_path / "runs").glob("*/eval.npz")).exists()
+    (data,) = (tmp_path / "runs").glob("*/eval.npz")
+    if "my_envs" in command:  # a trace of one coordinate
+        plot = runpy.run_path(str(ROOT / "results" / "plot.py"))
+        plot["main"](plot["Options"](runs=(data.parent,)))
+        assert (data.parent / "figures" / "learning_curve.png").exists()
 
 
 def test_commands_on_runs_name_real_flags():
