@@ -194,10 +194,13 @@ campaigns() {
   figure embeddings ml2__sop__0
   figure embeddings-early ml2__sop__0__early
 
-  campaign metacure '3.5 hours' 'MetaCURE on the sparse point, 3 seeds, and the sparse half-cheetah, 30 iterations'
-  run point-goal-sparse__metacure__{0,1,2}
+  campaign sparse-point '3.5 hours' 'MetaCURE, MILET, VariBAD, RL2 and PEARL on point-goal-sparse, 3 seeds each'
+  run point-goal-sparse__{metacure,milet,varibad,rl2,pearl}__{0,1,2}
+  figure point-goal-sparse
+
+  campaign metacure '2 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
   run cheetah-vel-sparse__metacure__0 --iterations 30
-  for env in point-goal-sparse cheetah-vel-sparse; do figure "$env"; done
+  figure cheetah-vel-sparse
 
   campaign short '45 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 seed'
   run ml2__hom__0

@@ -25,7 +25,7 @@ Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6
   D10 P is silent on meta-batches; here the members share one, in equal parts, drawn from the N training tasks.
   D11 P is silent on linkage, K, N, the probe's training, how members start; here Ward's, 2, 200, 10 iterations, anew.
   D13 P embeds training tasks by one trajectory, or by ten; here by 2, as test tasks, which have K in all, as P's.
-  D14 P divides r by max r, which is undefined at 0 and turns signs below it; here by max |r|, over the task.
+  D14 P divides r by max r, undefined at 0, of wrong sign below; here by max |r| of the task (--centre: less its mean).
   D15 P prints (10) with ∇π = π ∇ ln π; here ∇ ln π, as in (8). P does not say which part of (8) it takes; here the
       diagonal, the block of the last layer, or all. D16 In (9) E leaves out the step H, whose s' is not stored.
 
@@ -84,6 +84,7 @@ class Args:
     embedding: Literal["diagonal", "last-layer", "full", "state-next-state", "gradient"] = "diagonal"  # φ, Eq. (8)-(10)
     probe_iterations: int = 10  # meta-iterations in which the probe learns (0: it stays as it was initialised)
     train_tasks: int = 200  # N, number of training tasks, the first of the environment's training set
+    centre: bool = False  # subtract the task's mean reward from its rewards first (D14)
     embed_rollouts: int = 2  # episodes of the probe in a task, at test a part of the --rollouts (D13)
     warm_start: bool = False  # members start as the probe, instead of at random
     tasks: int = 40  # number of tasks per meta-iteration, of all members together (D10)
@@ -492,7 +493,9 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     kept = batch.taken.clone()  # [task, rollout, step], the steps of E
     kept[..., -1] &= args.embedding != "state-next-state"  # D16
     steps = kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts
-    r = batch.reward / (batch.reward.abs().amax((1, 2), keepdim=True) + 1e-8) * kept / steps  # D14
+    mean = (batch.weight * batch.reward).sum((1, 2), keepdim=True) if args.centre else 0.0
+    reward = (batch.reward - mean) * batch.taken
+    r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * kept / steps  # D14
     if args.embedding == "state-next-state":
         v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # the next row is another episode's where r is 0
         return [(v, torch.ones_like(v[..., :1]))], r.flatten(1)  # Eq. (9)

@@ -330,12 +330,12 @@ class LowRank(NamedTuple):
 
     t: Tensor  # [task, 1, bias_dim]
     weights: nn.ParameterList  # θ, [in + 1, out]
-    changes: list[tuple[Tensor, Tensor, Tensor | None]]  # H [task, k K, in + 1], -α Δ [task, k K, out], α E or None
+    changes: list[tuple[Tensor, Tensor, list]]  # H [task, k K, in + 1], -α Δ [task, k K, out], the entries of α E
 
     @classmethod
     def of(cls, net: TaskNet, tasks: int) -> "LowRank":
         """θ_0."""
-        none = [(*(w.new_zeros(tasks, 0, n) for n in w.shape), None) for w in net.weights]
+        none = [(*(w.new_zeros(tasks, 0, n) for n in w.shape), []) for w in net.weights]
         return cls(net.t.expand(tasks, 1, -1), net.weights, none)
 
     def linear(self, i: int, h: Tensor) -> Tensor:
@@ -343,7 +343,9 @@ class LowRank(NamedTuple):
         inputs, deltas, excess = self.changes[i]
         a = (h.flatten(0, 1) @ self.weights[i]).unflatten(0, h.shape[:2])
         a = torch.baddbmm(a, torch.bmm(h, inputs.mT), deltas) if inputs.shape[1] else a
-        return a if excess is None else torch.baddbmm(a, h, excess)
+        for task, row, unit, e in excess:
+            a = a.mT.index_put((task, unit), h.mT[task, row] * e[:, None], accumulate=True).mT
+        return a
 
     def step(self, loss: Tensor, layers: list, args: Args, create_graph: bool) -> "LowRank":
         """θ_k+1 of Eq. (4)."""
@@ -352,12 +354,12 @@ class LowRank(NamedTuple):
         clip, changes = inner_clip(args), []
         for (h, _), delta, (inputs, deltas, excess) in zip(layers, gradients, self.changes):
             with torch.no_grad():  # no entry of Hᵀ Δ is larger than the sum over points of max |H| max |Δ|
-                bound = (h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1)  # [task]
-                near = torch.bmm(h[bound > clip].mT, delta[bound > clip])
-            if (near.abs() > clip).any():
-                gradient = torch.bmm(h.mT, delta)
-                taken_off = args.alpha * (gradient - gradient.clamp(-clip, clip))
-                excess = taken_off if excess is None else excess + taken_off
+                near = ((h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1) > clip).nonzero()[:, 0]  # tasks
+                task, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
+            if len(task):  # few entries are
+                task = near[task]
+                gradient = (h.mT[task, row] * delta.mT[task, unit]).sum(-1)
+                excess = [*excess, (task, row, unit, args.alpha * (gradient - gradient.clamp(-clip, clip)))]
             changes.append((torch.cat([inputs, h], 1), torch.cat([deltas, -args.alpha * delta], 1), excess))
         return LowRank(self.t - args.alpha * of_t.clamp(-clip, clip), self.weights, changes)
 

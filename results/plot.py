@@ -304,8 +304,10 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
                 axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
             axis.set_title(title)
     entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    if max(map(len, entries)) > 40:  # too wide for a panel
-        figure.legend(entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=7)
+    wide = max(map(len, entries)) > 40
+    if wide or len(entries) > 5:  # it would hide the curves
+        place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=1 if wide else 3)
+        figure.legend(entries.values(), entries.keys(), fontsize=7, **place)
     else:
         for axis in axes.flat:
             axis.legend(fontsize=7)
