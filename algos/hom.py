@@ -23,8 +23,8 @@ Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6
       task; here K episodes, nothing after a fall, nor the step in which a simulation diverges. D5 σ ≥ 1e-6. D6 A larger
       ridge if Cholesky fails. D8 --mask-pad-actions, D12 --kl-slack: off. D9 α / 2 at test after n steps.
   D10 P is silent on meta-batches; here the members share one, in equal parts, drawn from the N training tasks.
-  D11 P is silent on linkage, K, N, the probe's training, how members start; here Ward's, 2, 200, 10 iterations, anew.
-  D13 P embeds training tasks by one trajectory, or by ten; here by 2, as test tasks, which have K in all, as P's.
+  D11 P is silent on linkage, K, N, how members start; here Ward's, 2, 200, anew, after 10 iterations of the probe.
+  D13 P embeds test tasks by one trajectory (Alg. 2) or two (Sec. 5); here all by 2, at test out of K.
   D14 P divides r by max r, undefined at 0, of wrong sign below; here by max |r| of the task (--centre: less its mean).
   D15 P prints (10) with ∇π = π ∇ ln π; here ∇ ln π, as in (8). P does not say which part of (8) it takes; here the
       diagonal, the block of the last layer, or all. D16 In (9) E leaves out the step H, whose s' is not stored.

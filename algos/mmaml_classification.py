@@ -27,7 +27,7 @@ Deviations from the paper (P) or C
      (OMNIGLOT: 1100, 100 and 423 characters; C has none for validation).
   D4 C turns the colours of FC100 into their negatives, by an overflow, and misplaces AIRCRAFT's variants with a slash
      in their name; here neither.
-  D5 C draws more images than it uses, and with replacement; here without, and a class of too few images is an error.
+  D5 C draws small classes with replacement; here none, and a class of too few images is an error.
   D6 Multi-MAML in C is one run a data set, each with a budget and step size of its own: so here, as MAML with the
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
@@ -130,6 +130,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
         "--encoder-labels needs a --modulation": not args.encoder_labels or args.modulation != "none",
         "--ways must be at least 2": args.ways >= 2,
+        "--channels must name at least one layer": len(args.channels) > 0,
         "--shots must be less than --horizon": args.shots < args.horizon,
         "--eval-episodes must be at most 1000": args.eval_episodes <= 1000,
         "--alpha and --lr must be positive": min(args.alpha, args.lr) > 0,
@@ -345,7 +346,7 @@ class DataSet:
         with blame(f"{self.name} in --data {args.data}, which should have {reader.__doc__}"):
             self.classes = {part: [*classes.values()] for part, classes in reader(Path(args.data)).items()}
             for part, classes in self.classes.items():
-                if len(classes) < args.ways:
+                if len(classes) < (1 if part == "val" else args.ways):
                     raise ValueError(f"{len(classes)} classes of {part} are too few for --ways {args.ways}")
                 if (least := min(map(len, classes))) < args.horizon:  # D5
                     raise ValueError(f"a class of {part} has {least} images, --horizon {args.horizon} needs more")
@@ -561,8 +562,9 @@ def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args:
     for suffix, mine in groups.items():
         half = 1.96 * scores[-1, mine].std(ddof=1) / np.sqrt(mine.sum())
         metrics[f"eval/interval_step_{steps}{suffix}"] = float(half)
-    validation, _ = score_tasks(tasks, data, "val", agent, args)
-    metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)
+    if all(len(one.classes["val"]) >= args.ways for one in data):  # MINI-IMAGENET has 16 classes
+        validation, _ = score_tasks(tasks, data, "val", agent, args)
+        metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)
     examples, _ = draw_images(tasks[: len(data)], data, "test", args)  # data sets are in turn
     arrays = dict(params=tasks.params, cluster=cluster, accuracy=scores, examples=examples.x.cpu().numpy())
     return metrics, arrays | (dict(embedding=embedding) if "omega" in agent else {})

@@ -180,7 +180,7 @@ def read_arrays(path: Path, env: envs.TaskVectorEnv | None) -> dict[str, np.ndar
             shape = SHAPES.get(name, array.shape)
             known = [sizes.setdefault(size, n) for size, n in zip(shape, array.shape)]
             if len(shape) != array.ndim or list(array.shape) != known or 0 in known:
-                raise ValueError(f"{name} has shape {list(array.shape)}, not {known}, [{', '.join(map(str, shape))}]")
+                raise ValueError(f"{name} has shape {list(array.shape)}, not [{', '.join(map(str, shape))}] = {known}")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not made of finite numbers")
         if not np.isin(data["cluster"], range(clusters)).all():
