@@ -135,18 +135,17 @@ class GaussianPolicy:
     """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
-        layers = pairwise((obs_dim, *args.hidden, action_dim))
-        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
-        self.sizes = [a * b for a, b in self.shapes]
+        widths = pairwise((obs_dim, *args.hidden, action_dim))  # of a layer's input and output
+        self.shapes = [shape for a, b in widths for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [rows * columns for rows, columns in self.shapes]
         self.activation = getattr(torch, args.activation)
 
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        for n, (a, b) in enumerate(self.shapes):
-            is_weight = n in range(0, len(parts) - 1, 2)
-            parts[n] *= math.sqrt(6 / (a + b)) if is_weight else 0.0
-        return torch.cat(parts)
+        bounds = [0.0] * len(parts)  # of biases and log σ
+        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
         """log σ [..., action_dim] of parameters [..., d]."""
@@ -155,10 +154,10 @@ class GaussianPolicy:
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
         parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, weight, bias, _ = parts
-        for w, b in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(b, obs, w))
-        return torch.baddbmm(bias, obs, weight), self.log_std(theta)[:, None]
+        *hidden, last_weight, last_bias, _log_std = parts
+        for weight, bias in zip(hidden[::2], hidden[1::2]):
+            obs = self.activation(torch.baddbmm(bias, obs, weight))
+        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -246,7 +245,8 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
-    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
+    tasks, rollouts, steps = returns.shape
+    t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
     x = features * alive.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
@@ -326,8 +326,8 @@ def surrogate(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
 # Copied from algos/maml.py
 def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
     """E_D[KL(π_old ‖ π)] of Eq. (4), [task]; π_old sampled the batch."""
-    var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
-    kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
+    square = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2  # E_old[(a - mean)²]
+    kl = (log_std - batch.log_std + 0.5 * square * (-2 * log_std).exp() - 0.5) * batch.used
     return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
 
 
@@ -356,8 +356,8 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    of_mean = batch.weight.flatten(1)[..., None] * batch.used * (-2 * output[1].detach()).exp()
-    metric = of_mean, 2 * batch.used  # Λ
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum; log σ is the same in all rows
+    metric = weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used  # Λ, for mean and log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -374,7 +374,7 @@ def linearise(
 
     With a rate of each parameter J_i is a product of I - diag(α) ∇²L_i, which is not symmetric.
     """
-    loss, gradient, graphs, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
+    tasks, loss, gradient, graphs = len(data[0].obs), 0.0, torch.zeros_like(theta), []
 
     def forward(v: Tensor, hessians: list[Callable]) -> Tensor:
         """J_i v."""
@@ -450,10 +450,9 @@ def trpo_step(
     for ratio in (0.8**k for k in range(args.backtracks)):
         candidate = theta - ratio * step
         after, kl = meta_objective(policy, candidate, data, alpha, args)
-        accepted = after < before and kl <= args.delta * (1 + args.kl_slack)  # D12
-        if accepted:
+        if after < before and kl <= args.delta * (1 + args.kl_slack):  # D12
             break
-    if not accepted:
+    else:  # none is accepted
         candidate, after, kl, ratio = theta, before, 0.0, 0.0
     stats = dict(surrogate_before=before, surrogate_after=after, kl=kl, step_ratio=ratio, gradient_norm=gradient.norm())
     return candidate, {f"trpo/{k}": float(v) for k, v in stats.items()}
@@ -466,8 +465,8 @@ def observe(
     make_env: Callable, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, rng: torch.Generator, args: Args
 ) -> Batch:
     """What the probe θ [d] meets in every task; for a Fisher matrix with actions ã, drawn anew in the same states."""
-    few, env = replace(args, rollouts=args.embed_rollouts), make_env(len(tasks) * args.embed_rollouts)  # D13
-    batch = sample(env, tasks, policy, theta.expand(len(tasks), -1), rng, few)
+    args = replace(args, rollouts=args.embed_rollouts)  # D13
+    batch = sample(make_env(len(tasks) * args.rollouts), tasks, policy, theta.expand(len(tasks), -1), rng, args)
     if args.embedding in ("state-next-state", "gradient"):
         return batch
     noise = torch.randn(batch.mean.shape, generator=rng).to(batch.mean)
@@ -476,12 +475,12 @@ def observe(
 
 def layer_gradients(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """∇ ln π(a|s) in the order of θ: for a layer x is its input and a 1, g = ∂ ln π / ∂ output; at the end log σ."""
-    *layers, _ = (part.view(shape) for part, shape in zip(theta.split(policy.sizes), policy.shapes))
+    *layers, _log_std = (part.view(shape) for part, shape in zip(theta.split(policy.sizes), policy.shapes))
     one = torch.ones_like(batch.obs[..., :1])
     x, inputs, outputs = batch.obs, [], []
-    for w, b in zip(layers[::2], layers[1::2]):
+    for weight, bias in zip(layers[::2], layers[1::2]):
         inputs.append(torch.cat([x, one], dim=-1))
-        outputs.append((x @ w + b).requires_grad_())
+        outputs.append((x @ weight + bias).requires_grad_())
         x = policy.activation(outputs[-1])
     log_std = policy.log_std(theta).expand_as(outputs[-1]).clone().requires_grad_()
     score = log_prob(outputs[-1], log_std, batch).sum()
@@ -515,11 +514,11 @@ def inner_products(one: tuple[list, Tensor], two: tuple[list, Tensor], args: Arg
 
     if args.embedding in ("diagonal", "gradient"):
         return phi(*one) @ phi(*two).T
-    (v, r), (w, q) = one, two
-    products = torch.zeros(len(r), len(q)).to(r)
+    (pairs, r), (pairs_2, r_2) = one, two
+    products = torch.zeros(len(r), len(r_2)).to(r)
     for i, j in np.ndindex(products.shape):
-        dot = sum((x[i] @ y[j].T) * (g[i] @ h[j].T) for (x, g), (y, h) in zip(v, w))  # v_t·v_u [row, row], by layer
-        products[i, j] = r[i] @ dot**2 @ q[j]  # Eq. (11)
+        dot = sum((x[i] @ x_2[j].T) * (g[i] @ g_2[j].T) for (x, g), (x_2, g_2) in zip(pairs, pairs_2))  # v_t·v_u
+        products[i, j] = r[i] @ dot**2 @ r_2[j]  # Eq. (11)
     return products
 
 

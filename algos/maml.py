@@ -139,18 +139,17 @@ class GaussianPolicy:
     """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
-        layers = pairwise((obs_dim, *args.hidden, action_dim))
-        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
-        self.sizes = [a * b for a, b in self.shapes]
+        widths = pairwise((obs_dim, *args.hidden, action_dim))  # of a layer's input and output
+        self.shapes = [shape for a, b in widths for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [rows * columns for rows, columns in self.shapes]
         self.activation = getattr(torch, args.activation)
 
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        for n, (a, b) in enumerate(self.shapes):
-            is_weight = n in range(0, len(parts) - 1, 2)
-            parts[n] *= math.sqrt(6 / (a + b)) if is_weight else 0.0
-        return torch.cat(parts)
+        bounds = [0.0] * len(parts)  # of biases and log σ
+        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
         """log σ [..., action_dim] of parameters [..., d]."""
@@ -159,10 +158,10 @@ class GaussianPolicy:
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
         parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, weight, bias, _ = parts
-        for w, b in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(b, obs, w))
-        return torch.baddbmm(bias, obs, weight), self.log_std(theta)[:, None]
+        *hidden, last_weight, last_bias, _log_std = parts
+        for weight, bias in zip(hidden[::2], hidden[1::2]):
+            obs = self.activation(torch.baddbmm(bias, obs, weight))
+        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -245,7 +244,8 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
-    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
+    tasks, rollouts, steps = returns.shape
+    t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
     x = features * alive.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
@@ -287,10 +287,9 @@ def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) 
     if args.inner_loss != "log-likelihood":
         log_ratio = score - log_prob(batch.mean, batch.log_std, batch)
         score = log_ratio.exp()  # π/π_old
-    if args.inner_loss == "dice":  # what step t adds to the ratio of the whole episode so far (D7)
-        until_now = log_ratio.cumsum(-1)
-        before = until_now - log_ratio
-        score = until_now.exp() - before.exp()
+    if args.inner_loss == "dice":  # ρ_t - ρ_t-1, ρ_t the ratio of the episode up to step t (D7)
+        log_rho = log_ratio.cumsum(-1)
+        score = log_rho.exp() - (log_rho - log_ratio).exp()
     return -(batch.weight * score * batch.advantage).sum((1, 2))
 
 
@@ -326,8 +325,8 @@ def surrogate(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
 
 def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
     """E_D[KL(π_old ‖ π)] of Eq. (4), [task]; π_old sampled the batch."""
-    var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
-    kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
+    square = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2  # E_old[(a - mean)²]
+    kl = (log_std - batch.log_std + 0.5 * square * (-2 * log_std).exp() - 0.5) * batch.used
     return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
 
 
@@ -354,8 +353,8 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    of_mean = batch.weight.flatten(1)[..., None] * batch.used * (-2 * output[1].detach()).exp()
-    metric = of_mean, 2 * batch.used  # Λ
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum; log σ is the same in all rows
+    metric = weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used  # Λ, for mean and log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -371,7 +370,7 @@ def linearise(
 
     With a rate of each parameter J_i is a product of I - diag(α) ∇²L_i, which is not symmetric.
     """
-    loss, gradient, graphs, tasks = 0.0, torch.zeros_like(theta), [], len(data[0].obs)
+    tasks, loss, gradient, graphs = len(data[0].obs), 0.0, torch.zeros_like(theta), []
 
     def forward(v: Tensor, hessians: list[Callable]) -> Tensor:
         """J_i v."""
@@ -444,10 +443,9 @@ def trpo_step(
     for ratio in (0.8**k for k in range(args.backtracks)):
         candidate = theta - ratio * step
         after, kl = meta_objective(policy, candidate, data, alpha, args)
-        accepted = after < before and kl <= args.delta * (1 + args.kl_slack)  # D12
-        if accepted:
+        if after < before and kl <= args.delta * (1 + args.kl_slack):  # D12
             break
-    if not accepted:
+    else:  # none is accepted
         candidate, after, kl, ratio = theta, before, 0.0, 0.0
     stats = dict(surrogate_before=before, surrogate_after=after, kl=kl, step_ratio=ratio, gradient_norm=gradient.norm())
     return candidate, {f"trpo/{k}": float(v) for k, v in stats.items()}

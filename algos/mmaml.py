@@ -173,18 +173,17 @@ class GaussianPolicy:
     """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
-        layers = pairwise((obs_dim, *args.hidden, action_dim))
-        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
-        self.sizes = [a * b for a, b in self.shapes]
+        widths = pairwise((obs_dim, *args.hidden, action_dim))  # of a layer's input and output
+        self.shapes = [shape for a, b in widths for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [rows * columns for rows, columns in self.shapes]
         self.activation = getattr(torch, args.activation)
 
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        for n, (a, b) in enumerate(self.shapes):
-            is_weight = n in range(0, len(parts) - 1, 2)
-            parts[n] *= math.sqrt(6 / (a + b)) if is_weight else 0.0
-        return torch.cat(parts)
+        bounds = [0.0] * len(parts)  # of biases and log σ
+        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
         """log σ [..., action_dim] of parameters [..., d]."""
@@ -193,10 +192,10 @@ class GaussianPolicy:
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
         parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, weight, bias, _ = parts
-        for w, b in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(b, obs, w))
-        return torch.baddbmm(bias, obs, weight), self.log_std(theta)[:, None]
+        *hidden, last_weight, last_bias, _log_std = parts
+        for weight, bias in zip(hidden[::2], hidden[1::2]):
+            obs = self.activation(torch.baddbmm(bias, obs, weight))
+        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -284,7 +283,8 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
-    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
+    tasks, rollouts, steps = returns.shape
+    t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
     x = features * alive.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
@@ -333,14 +333,14 @@ class Encoder(nn.Module):
     def forward(self, batch: Batch, args: Args) -> tuple[Tensor, Tensor]:
         """υ [task, width] and τ [task, sum of hidden widths, with film twice as many] from D_0."""
         x = torch.cat([batch.obs, batch.action, batch.reward.flatten(1)[..., None]], dim=-1)  # [task, row, inputs]
-        (n, k, h), length = batch.reward.shape, batch.taken.sum(-1)  # [task, rollout]
+        n, k, h = batch.reward.shape
+        steps = batch.taken.sum(-1)  # [task, rollout]
         if args.encoder_official_bug:  # D13
-            pieces = x[:, : 5 * k].unflatten(1, (k, 5))
-            x = nn.functional.pad(pieces, (0, 0, h - 5, 0))
-            length = torch.full_like(length, h)
+            x = nn.functional.pad(x[:, : 5 * k].unflatten(1, (k, 5)), (0, 0, h - 5, 0))
+            steps = torch.full_like(steps, h)
         state, _ = self.gru(x.reshape(n * k, h, -1))
         state = nn.functional.pad(state, (0, 0, 1, 0))  # [rollout, step + 1, width]: 0 before the first step
-        last = state[torch.arange(n * k), length.flatten()]  # D17
+        last = state[torch.arange(n * k), steps.flatten()]  # D17
         upsilon = self.of_task(self.of_rollout(last).view(n, k, -1).mean(1))  # Eq. (7); Alg. 1, l. 6
         return upsilon, self.generator(upsilon)  # Eq. (8); Alg. 1, l. 7
 
@@ -365,10 +365,10 @@ def modulate(policy: GaussianPolicy, theta: Tensor, tau: Tensor | None, args: Ar
     if tau is None:
         return theta
     parts = list(theta.split(policy.sizes, -1))
-    for n, (gain, shift) in enumerate(gains_and_shifts(tau, args)):
-        weight = parts[2 * n].unflatten(-1, policy.shapes[2 * n])  # [task, in, unit]
-        parts[2 * n] = (weight * gain[:, None]).flatten(1)
-        parts[2 * n + 1] = parts[2 * n + 1] * gain + shift
+    for w, (gain, shift) in zip(range(0, len(parts), 2), gains_and_shifts(tau, args)):  # parts: W, b, W, b, ..; log σ
+        weight = parts[w].unflatten(-1, policy.shapes[w])  # [task, in, unit]
+        parts[w] = (weight * gain[:, None]).flatten(1)
+        parts[w + 1] = parts[w + 1] * gain + shift
     return torch.cat(parts, -1)
 
 
@@ -417,10 +417,9 @@ def collect(
     data = [process(sample(env, tasks, policy, theta, rng, args), args)]  # without τ
     with torch.no_grad():
         tau = infer(encoder, data[0], args)
-    in_force = tau if args.modulate_first_step else None  # D12
-    for alpha in alphas:
-        theta = adapt(modulated(policy, in_force, args), theta, data[-1], alpha, args)
-        in_force = tau
+    for k, alpha in enumerate(alphas):
+        pi = modulated(policy, tau, args) if k > 0 or args.modulate_first_step else policy  # D12
+        theta = adapt(pi, theta, data[-1], alpha, args)
         data.append(process(sample(env, None, policy, modulate(policy, theta, tau, args), rng, args), args))
     return data
 
@@ -433,8 +432,8 @@ CHUNK = 4  # tasks at a time, whose activations stay in the cache
 # Copied from algos/maml.py
 def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
     """E_D[KL(π_old ‖ π)] of Eq. (4), [task]; π_old sampled the batch."""
-    var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
-    kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
+    square = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2  # E_old[(a - mean)²]
+    kl = (log_std - batch.log_std + 0.5 * square * (-2 * log_std).exp() - 0.5) * batch.used
     return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
 
 
@@ -606,9 +605,10 @@ def train(args: Args, run: "Run") -> None:
         metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}
         if agent.encoder is not None:
             with torch.no_grad():
-                gains = [gain for gain, _ in gains_and_shifts(infer(agent.encoder, data[0], args), args)]
-            between = torch.cat(gains, -1).std(0, correction=0).mean().item()
-            metrics |= {"policy/gain": torch.cat(gains, -1).mean().item(), "policy/gain_between_tasks": between}
+                tau = infer(agent.encoder, data[0], args)
+            gain = torch.cat([gain for gain, _ in gains_and_shifts(tau, args)], -1)  # [task, unit]
+            between = gain.std(0, correction=0).mean().item()
+            metrics |= {"policy/gain": gain.mean().item(), "policy/gain_between_tasks": between}
         run.log(metrics)
 
 

@@ -188,9 +188,10 @@ class Modulation(nn.Module):
 
 def modulate(a: Tensor, tau: Tensor, operator: str) -> Tensor:
     """φ of Eq. (3): the outputs a [image, task channel, h, w] of a layer, before its ReLU."""
-    parts = tau.chunk(2, -1) if operator == "film" else [tau.softmax(-1) if operator == "softmax" else tau.sigmoid()]
-    scale, *shift = (part.flatten()[:, None, None] for part in parts)
-    return torch.addcmul(a + shift[0], a, scale) if shift else a * scale
+    if operator == "film":
+        scale, shift = (part.reshape(-1, 1, 1) for part in tau.chunk(2, -1))  # [task channel, 1, 1]
+        return torch.addcmul(a + shift, a, scale)
+    return a * (tau.softmax(-1) if operator == "softmax" else tau.sigmoid()).reshape(-1, 1, 1)
 
 
 def normalise(a: Tensor, count: int | None) -> Tensor:
@@ -297,8 +298,9 @@ def digits(root: Path) -> dict[str, Classes]:
     data = load_digits()
     images = {f"{digit}": (15.9 * data.images[data.target == digit]).astype(np.uint8) for digit in range(10)}
     classes = {}
-    for name, part in split(images, (0.4, 0.3, 0.3)).items():
-        classes[name] = {f"{d} turned {k}": [np.rot90(image, k) for image in part[d]] for d in part for k in (0, 1)}
+    for part, digits in split(images, (0.4, 0.3, 0.3)).items():
+        turned = {(d, k): [np.rot90(image, k) for image in images] for d, images in digits.items() for k in (0, 1)}
+        classes[part] = {f"{d} turned {k}": images for (d, k), images in turned.items()}
     return classes
 
 
@@ -432,8 +434,8 @@ def draw_images(tasks: envs.Tasks, data: list[DataSet], part: str, args: Args) -
     drawn = np.stack([data[int(mode)].draw(int(seed), part, args) for mode, seed in tasks.params])
     x = torch.from_numpy(drawn).to(args.device).movedim(-1, 3).float() / 255  # [task, N, K + Q, 3, S, S]
     y = torch.arange(args.ways, device=args.device)[:, None].expand(len(x), -1, args.horizon)
-    points = slice(args.shots), slice(args.shots, None)
-    return tuple(Images(x[:, :, of].flatten(1, 2), y[:, :, of].flatten(1, 2)) for of in points)
+    halves = (x[:, :, : args.shots], y[:, :, : args.shots]), (x[:, :, args.shots :], y[:, :, args.shots :])
+    return tuple(Images(x.flatten(1, 2), y.flatten(1, 2)) for x, y in halves)
 
 
 # == Inner adaptation ==================================================================================================
@@ -535,7 +537,7 @@ def score_tasks(
     scores, embeddings = np.zeros((2, len(tasks))), np.zeros((len(tasks), args.embedding))
     for m in np.unique(learner):
         mine = np.flatnonzero(learner == m)
-        for ids in np.array_split(mine, -(-len(mine) // CHUNK)):
+        for ids in np.array_split(mine, math.ceil(len(mine) / CHUNK)):
             support, query = draw_images(tasks[ids], data, part, args)
             with torch.no_grad():
                 embedding, tau = modulation_of(agent, support)
@@ -556,8 +558,8 @@ def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args:
     """
     steps, cluster, metrics = args.eval_steps or args.inner_steps, tasks.cluster, {}
     scores, embedding = score_tasks(tasks, data, "test", agent, args)
-    for k in (0, -1)[: 1 + (steps > 0)]:
-        metrics |= returns_by_cluster(f"eval/return_step_{steps if k else 0}", scores[k], cluster)
+    for k, accuracies in {0: scores[0], steps: scores[-1]}.items():
+        metrics |= returns_by_cluster(f"eval/return_step_{k}", accuracies, cluster)
     groups = {"": cluster >= 0} | {f"_cluster_{m}": cluster == m for m in np.unique(cluster)}
     for suffix, mine in groups.items():
         half = 1.96 * scores[-1, mine].std(ddof=1) / np.sqrt(mine.sum())

@@ -173,7 +173,7 @@ def modulate(a: Tensor, tau: Tensor, operator: str) -> Tensor:
 
 def value(params: Tensor, x: Tensor) -> Tensor:
     """The functions, without noise: params [task, 4] (family; a, c, b) and x [task, point] -> a s(x - c) + b."""
-    family, a, c, b = params.T[..., None]
+    family, a, c, b = params[..., None].unbind(1)  # [task, 1]
     z = x - c
     shapes = torch.stack([z.sin(), z, z.square(), z.tanh(), z.abs()])  # [family, task, point]
     return a * shapes[family[:, 0].long(), torch.arange(len(x), device=x.device)] + b
@@ -247,8 +247,8 @@ class Pairs(NamedTuple):
     y: Tensor  # [task, point, 1], with noise
     clean: Tensor  # [task, point, 1], without
 
-    def of(self, tasks: np.ndarray | slice, points: slice = slice(None)) -> "Pairs":
-        return Pairs(*(part[tasks, points] for part in self))
+    def of(self, tasks: np.ndarray | slice) -> "Pairs":
+        return Pairs(*(part[tasks] for part in self))
 
 
 def draw_pairs(tasks: envs.Tasks, rng: torch.Generator, args: Args) -> tuple[Pairs, Pairs]:
@@ -257,8 +257,8 @@ def draw_pairs(tasks: envs.Tasks, rng: torch.Generator, args: Args) -> tuple[Pai
     x = 10 * torch.rand(len(params), args.horizon, generator=rng).to(params) - 5
     clean = value(params, x)
     y = clean + NOISE * torch.randn(x.shape, generator=rng).to(params)
-    points = Pairs(x[..., None], y[..., None], clean[..., None])
-    return points.of(slice(None), slice(args.shots)), points.of(slice(None), slice(args.shots, None))
+    parts = [part[..., None] for part in (x, y, clean)]
+    return Pairs(*(p[:, : args.shots] for p in parts)), Pairs(*(p[:, args.shots :] for p in parts))
 
 
 # == Inner adaptation ==================================================================================================
@@ -335,7 +335,7 @@ class LowRank(NamedTuple):
     @classmethod
     def of(cls, net: TaskNet, tasks: int) -> "LowRank":
         """θ_0."""
-        none = [(*(w.new_zeros(tasks, 0, n) for n in w.shape), []) for w in net.weights]
+        none = [(w.new_zeros(tasks, 0, len(w)), w.new_zeros(tasks, 0, w.shape[1]), []) for w in net.weights]
         return cls(net.t.expand(tasks, 1, -1), net.weights, none)
 
     def linear(self, i: int, h: Tensor) -> Tensor:
@@ -422,7 +422,7 @@ def predictions(
     values = np.empty((steps + 1, *x.shape[:2]))
     for m in np.unique(learner):
         mine = np.flatnonzero(learner == m)
-        for part in np.array_split(mine, -(-len(mine) // CHUNK)):
+        for part in np.array_split(mine, math.ceil(len(mine) / CHUNK)):
             own = support.of(part)
             with torch.no_grad():
                 tau = modulation_of(agent, own)[1] if modulated else []

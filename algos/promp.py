@@ -144,18 +144,17 @@ class GaussianPolicy:
     """π_θ(a|s), a diagonal Gaussian. Its parameters are an argument, one vector a task: [task, d]."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
-        layers = pairwise((obs_dim, *args.hidden, action_dim))
-        self.shapes = [shape for a, b in layers for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
-        self.sizes = [a * b for a, b in self.shapes]
+        widths = pairwise((obs_dim, *args.hidden, action_dim))  # of a layer's input and output
+        self.shapes = [shape for a, b in widths for shape in ((a, b), (1, b))] + [(1, action_dim)]  # W, b, ...; log σ
+        self.sizes = [rows * columns for rows, columns in self.shapes]
         self.activation = getattr(torch, args.activation)
 
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        for n, (a, b) in enumerate(self.shapes):
-            is_weight = n in range(0, len(parts) - 1, 2)
-            parts[n] *= math.sqrt(6 / (a + b)) if is_weight else 0.0
-        return torch.cat(parts)
+        bounds = [0.0] * len(parts)  # of biases and log σ
+        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
         """log σ [..., action_dim] of parameters [..., d]."""
@@ -164,10 +163,10 @@ class GaussianPolicy:
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
         parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, weight, bias, _ = parts
-        for w, b in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(b, obs, w))
-        return torch.baddbmm(bias, obs, weight), self.log_std(theta)[:, None]
+        *hidden, last_weight, last_bias, _log_std = parts
+        for weight, bias in zip(hidden[::2], hidden[1::2]):
+            obs = self.activation(torch.baddbmm(bias, obs, weight))
+        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -255,7 +254,8 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
-    t = torch.arange(returns.shape[2]).expand(returns.shape).flatten(1)[..., None].to(s) / 100  # [task, row, 1]
+    tasks, rollouts, steps = returns.shape
+    t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
     x = features * alive.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
@@ -335,8 +335,8 @@ CHUNK = 4  # tasks at a time, whose activations stay in the cache
 # Copied from algos/maml.py
 def mean_kl(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
     """E_D[KL(π_old ‖ π)] of Eq. (4), [task]; π_old sampled the batch."""
-    var = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2
-    kl = (log_std - batch.log_std + 0.5 * var * (-2 * log_std).exp() - 0.5) * batch.used
+    square = (2 * batch.log_std).exp() + (batch.mean - mean) ** 2  # E_old[(a - mean)²]
+    kl = (log_std - batch.log_std + 0.5 * square * (-2 * log_std).exp() - 0.5) * batch.used
     return (batch.weight.flatten(1) * kl.sum(-1)).sum(1)
 
 
@@ -367,19 +367,19 @@ def promp_update(
     """Steps of Adam on Eq. (5), in place; task i belongs to learner[i]. One more pass, the last, only measures."""
     share = torch.from_numpy(1 / np.bincount(learner)[learner]).to(agent["theta"])  # for means over a learner's tasks
     surrogates = []
-    for step in range(args.updates + 1):
+    for updating in [True] * args.updates + [False]:
         optimizer.zero_grad()
         found = []
         for first in range(0, len(learner), CHUNK):
             part = slice(first, first + CHUNK)
             theta, alpha, eta = (agent[name][learner[part]] for name in ("theta", "alpha", "eta"))
             loss, s, kls = meta_objective(policy, theta, [batch.of(part) for batch in data], alpha, eta, args)
-            if step < args.updates:
+            if updating:
                 (share[part] * loss).sum().backward()
             found.append((s.detach(), kls.detach()))
         s, kls = (torch.cat(x, dim=-1) for x in zip(*found))  # [task], [n + 1, task]
         surrogates.append(s.mean())
-        if step < args.updates:
+        if updating:
             optimizer.step()
     stats = dict(surrogate_before=surrogates[0], surrogate_after=surrogates[-1], kl_outer=kls[-1].mean())
     for k, kl in enumerate(kls[:-1]):
@@ -449,8 +449,8 @@ def make_agent(policy: GaussianPolicy, learners: int, rng: torch.Generator, args
     theta = torch.stack([policy.init(rng) for _ in range(learners)])
     parts = dict(theta=theta, alpha=torch.full_like(theta, args.alpha))
     parts["eta"] = torch.full((learners, args.inner_steps), args.eta).to(theta)
-    trained = dict(theta=True, alpha=args.train_alpha, eta=False)
-    return nn.ParameterDict({k: nn.Parameter(x.to(args.device), trained[k]) for k, x in parts.items()})
+    by_adam = ("theta", "alpha") if args.train_alpha else ("theta",)
+    return nn.ParameterDict({k: nn.Parameter(x.to(args.device), k in by_adam) for k, x in parts.items()})
 
 
 def train(args: Args, run: "Run") -> None:
