@@ -91,7 +91,7 @@ class Args:
     rollouts: int = 20  # K, episodes per task and inner step
     horizon: int = 100  # H, steps per episode (default: the environment's own)
     inner_steps: int = 1  # n, gradient steps of the adaptation in training (0: none)
-    alpha: float = 0.1  # α, inner step size of every parameter (the first one, with --train-alpha)
+    alpha: float = 0.1  # α, inner step size (with --train-alpha the first one; --evaluate takes the trained)
     train_alpha: bool = False  # train a step size of each parameter with θ (D3)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training, at least one)
     mask_pad_actions: bool = False  # take the actions that a small robot does not use out of π (D8)
@@ -111,7 +111,7 @@ class Args:
 
 # C's all_envs_eval: of its own random parameters, here for MILET's
 RANDOM_PARAMETERS = dict(horizon=200, alpha=0.05, updates=3, eta=1e-3, adapt_eta=True)
-PAPER = {"hopper-params-4c": RANDOM_PARAMETERS, "walker-params-4c": RANDOM_PARAMETERS}
+PAPER = {"hopper-params-4c": RANDOM_PARAMETERS, "walker-params-4c": RANDOM_PARAMETERS, "walker-dir": dict(horizon=200)}
 FAST: dict[str, dict] = {}  # these learn within an hour
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 

@@ -384,7 +384,7 @@ def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
         axis.set(title=f"{title}: {strays.sum()} of {len(strays)} end far off", aspect="equal", xlabel="x")
     axes[0][0].set_ylabel("y")
     score = f", NMI {nmi(data['cluster'], guess):.2f}" if which == "inferred" else ""
-    figure.suptitle(f"{env}: {len(np.unique(guess))} {which} clusters{score}")
+    figure.suptitle(f"{env}: {len(np.unique(guess))} {which} clusters{score}" if data["cluster"].any() else env)
     save(figure, path)
 
 
