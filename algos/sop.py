@@ -25,9 +25,9 @@ Deviations from the paper (P), and from the official code of PEARL (C), which P 
   D7  P is silent on linkage, K, the number of points, how long and from where learners train; here Ward's, 2, 50 in
       each training task, 50 iterations of the probe and 100 of the members, which begin anew.
   D8  P's members make 5 visits each to the probe's 10; here they share 10, so that an iteration costs the same frames.
-  D9  P divides r by max r, which is undefined at 0 and turns signs below it; here by max |r|. D10 P is silent on the
-      part of (9), and draws an ã; here the diagonal of the last layer, and the mean over ã. P prints (12) with ∇π =
-      π ∇ ln π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the points, and cut to 50 principal
+  D9  P divides r by max r, undefined at 0, of wrong sign below; here by max |r|, and (9), (10) have |r|. D10 P is
+      silent on the part of (9), and draws an ã; here the last layer's diagonal, and the mean over ã. P prints (12) with
+      ∇π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the points, cut at ±2, and to 50 principal
       components. D12 A training task joins the cluster of most of its points; one without tasks has no member. D13 P
       is silent on how the probe plays; here z from the prior, sampled actions, one of the eval_episodes.
 
@@ -126,7 +126,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     k, n, most = args.clusters, args.train_tasks, args.eval_episodes
     weights = args.kl_weight, args.policy_regularisation
     return {
-        "--probe-iterations must be below --iterations": args.probe_iterations < args.iterations,
+        "--probe-iterations must be below --iterations": args.oracle or args.probe_iterations < args.iterations,
         "--visits must be a multiple of --clusters, --train-tasks at least --clusters": args.visits % k == 0 and n >= k,
         "--train-tasks times --embed-repeats must be from 3, and above --clusters": n * args.embed_repeats > max(2, k),
         f"--oracle needs --clusters {env.num_clusters}": not args.oracle or k == env.num_clusters,
@@ -489,27 +489,29 @@ def observe(
     noise = torch.randn(args.horizon, *env.action_space.shape, generator=rng)
     e = rollout(env, tasks, agent["policy"], z, seed, noise, np.ones(len(tasks), bool))
 
-    r = e.reward / (e.reward.abs().amax(1, keepdim=True) + 1e-8)  # [task, H], 0 after a fall (D9)
-    r = r / e.alive.sum(1, keepdim=True).clamp(min=1)  # with the weight of the step in E
-    s, after, one, epsilon = e.obs[:, :-1], e.obs[:, 1:], torch.ones_like(r)[..., None], noise.transpose(0, 1)
+    r = (e.reward / (e.reward.abs().amax(1, keepdim=True) + 1e-8))[..., None]  # [task, H, 1], 0 after a fall (D9)
+    r = r / e.alive.sum(1).clamp(min=1)[:, None, None]  # with the weight of the step in E
+    s, after, one, epsilon = e.obs[:, :-1], e.obs[:, 1:], torch.ones_like(r), noise.transpose(0, 1)
     h = agent["policy"].features(torch.cat([s, z[:, None] * one], dim=-1).flatten(0, 1).to(args.device))
     _, log_std = agent["policy"].head(h)[0].chunk(2, dim=-1)
-    h, std = (x.cpu().view(*r.shape, -1) for x in (h[0], log_std.clamp(-20, 2).exp()))
-    x, both = torch.cat([h, one], dim=-1), torch.cat([s, after], dim=-1)
+    h, std = (y.cpu().view(*e.reward.shape, -1) for y in (h[0], log_std.clamp(-20, 2).exp()))
+    h1, x = torch.cat([h, one], dim=-1), torch.cat([s, after], dim=-1)  # [h, 1] of Eq. (13), x of Eq. (10)
     gradient = torch.cat([epsilon / std, epsilon**2 - 1], dim=-1)  # Eq. (13): by m and ln σ
     square = torch.cat([std**-2, 2 * one.expand_as(std)], dim=-1)  # Eq. (13): the mean of its square over ã (D10)
     context = Transitions(s, e.action, e.reward[..., None], after, e.terminated[..., None])
     q_z = posterior(agent["encoder"], tokens(context, args).to(args.device), e.alive.to(args.device))
-    mean = lambda x, y: ((r[..., None] * x).mT @ y).flatten(1)  # noqa: E731  E[ r x yᵀ ]
-    phi = mean(x**2, square), mean(both, both), q_z.mean.cpu(), mean(x, gradient)  # Eq. (9), (10), (11), (12)
+    outer = lambda r, a, b: ((r * a).mT @ b).flatten(1)  # noqa: E731  E[ r a bᵀ ]
+    size = r.abs()  # (9) and (10) are second moments: no weight below 0 (D9)
+    phi = outer(size, h1**2, square), outer(size, x, x), q_z.mean.cpu(), outer(r, h1, gradient)  # Eq. (9)-(12)
     return e, seed, dict(zip(KINDS, phi))
 
 
 def coordinates(known: Tensor, new: Tensor, kind: str) -> np.ndarray:
-    """Where embeddings [·, d] are compared: 50 principal components of the known ones, standardised (D11)."""
-    std = known.double().std(0)
-    known, new = (x.double() / (1 if kind == "latent" else std + (std == 0)) for x in (known, new))
-    return PCA(min(50, *known.shape), svd_solver="full").fit(known.numpy()).transform(new.numpy())
+    """Where embeddings [·, d] are compared: 50 principal components of the known ones, standardised and cut (D11)."""
+    mean, std = known.double().mean(0), known.double().std(0)
+    if kind != "latent":  # cut: a unit that is on in one episode of 200 would count fourteenfold
+        known, new = (((x - mean) / std.where(std > 0, 1.0)).clamp(-2, 2) for x in (known, new))
+    return PCA(min(50, *known.shape), svd_solver="full").fit(known.double().numpy()).transform(new.double().numpy())
 
 
 def assign(known: Tensor, member: np.ndarray, owner: np.ndarray, new: Tensor, kind: str) -> np.ndarray:
@@ -604,8 +606,8 @@ def train(args: Args, run: "Run") -> None:
 
     # The probe is learner 0. Room for φ(T) and the coordinates of points, and for whose points and tasks are
     learners = [Learner(make_env, tasks, args) for _ in range(1 + args.clusters)]
-    n, layer = len(tasks) * args.embed_repeats, (args.hidden[-1] + 1) * 2 * env.action_dim
-    size = dict(zip(KINDS, (layer, (2 * env.obs_dim) ** 2, args.latent_dim, layer)))[args.embedding]
+    n, layer = len(tasks) * args.embed_repeats, sum(x.numel() for x in learners[0].agent["policy"].layers[-1])
+    size = {"state-next-state": (2 * env.obs_dim) ** 2, "latent": args.latent_dim}.get(args.embedding, layer)
     herd = dict(phi=torch.zeros(n, size), points=torch.zeros(len(KINDS), n, 50))
     herd["owner"] = torch.from_numpy((1 + tasks.cluster) * args.oracle)
     herd["labels"] = herd["owner"].repeat_interleave(args.embed_repeats).repeat(len(KINDS), 1)

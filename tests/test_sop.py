@@ -86,9 +86,9 @@ def explicit(agent, e: sop.Episodes, i: int, z: torch.Tensor, noise: torch.Tenso
         r = e.reward[i, t] / e.reward[i].abs().max() / length
         h = policy.features(torch.cat([e.obs[i, t], z[i]])[None])[0, 0].detach()
         gradient = gradient + r * score(h, noise[t, i])
-        fisher = fisher + r * sum(c * score(h, x) ** 2 for x, c in zip(nodes, chances / chances.sum()))
+        fisher = fisher + abs(r) * sum(c * score(h, x) ** 2 for x, c in zip(nodes, chances / chances.sum()))
         both = torch.cat([e.obs[i, t], e.obs[i, t + 1]])
-        states = states + r * torch.outer(both, both).flatten()
+        states = states + abs(r) * torch.outer(both, both).flatten()
     context = torch.cat([e.obs[i, :length], e.action[i, :length], e.reward[i, :length, None]], dim=1)
     latent = sop.posterior(agent["encoder"], context[None]).mean[0].detach()
     return dict(zip(sop.KINDS, (fisher, states, latent, gradient)))
@@ -153,12 +153,17 @@ def apart(points: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
     return torch.cdist(torch.as_tensor(points), torch.as_tensor(to)) ** 2
 
 
+def standardised(x: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """By mean and standard deviation of the known ones, cut off at two of these."""
+    return ((x.double() - known.double().mean(0)) / known.double().std(0)).clamp(-2, 2)
+
+
 def test_coordinates_keep_distances_of_standardised_embeddings():
     """New ones may leave the space of the known ones: by as much from everywhere."""
     torch.manual_seed(0)
     known, new = torch.randn(20, 30).double() * torch.logspace(-3, 3, 30) + 5, torch.randn(7, 30).double() + 5
     known[:, 4] = 2.0  # says nothing, whatever new ones have there
-    scaled = [x / known.std(0) for x in (known, new)]
+    scaled = [standardised(x, known) for x in (known, new)]
     scaled = [torch.cat([x[:, :4], x[:, 5:]], dim=1) for x in scaled]
     found = sop.coordinates(known, known, "fisher")
     torch.testing.assert_close(apart(found, found), apart(scaled[0], scaled[0]))
@@ -171,11 +176,21 @@ def test_coordinates_keep_distances_of_standardised_embeddings():
 def test_coordinates_are_fifty_at_most():
     torch.manual_seed(0)
     known = torch.randn(90, 60).double()
-    known = known / known.std(0)
-    _, vectors = torch.linalg.eigh(torch.cov(known.T))
-    found, wanted = sop.coordinates(known, known, "gradient"), known @ vectors[:, -50:]
+    scaled = standardised(known, known)
+    _, vectors = torch.linalg.eigh(torch.cov(scaled.T))
+    found, wanted = sop.coordinates(known, known, "gradient"), scaled @ vectors[:, -50:]
     assert found.shape == (90, 50)
     torch.testing.assert_close(apart(found, found), apart(wanted, wanted))
+
+
+def test_a_rare_number_does_not_outweigh_all_others():
+    """Half of 200 points is +1 in ten numbers, the others -1; and one point has, alone, something in 100 numbers."""
+    sign = torch.arange(200) % 2 * 2.0 - 1
+    known = torch.cat([sign[:, None].repeat(1, 10) + 0.1 * torch.randn(200, 10), torch.zeros(200, 100)], dim=1)
+    known[7, 10:] = 1.0
+    points = sop.coordinates(known, known, "fisher")
+    labels = sop.AgglomerativeClustering(2, linkage="ward").fit_predict(points)
+    assert sop.adjusted_rand_score(sign.numpy(), labels) == 1
 
 
 @pytest.mark.parametrize("kind", ["fisher", "latent"])
@@ -183,10 +198,10 @@ def test_assignment_is_to_the_nearest_centroid_of_those_who_own_a_task(kind):
     torch.manual_seed(0)
     known, new = torch.randn(12, 40) * torch.logspace(-1, 1, 40), torch.randn(50, 40) * torch.logspace(-1, 1, 40)
     member = np.array([1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 1])
-    scale = 1 if kind == "latent" else known.double().std(0)
+    places = [x.double() if kind == "latent" else standardised(x, known) for x in (known, new)]
     for owner in ([1, 2, 3], [3, 1, 1]):
-        centroids = torch.stack([(known.double() / scale)[member == k].mean(0) for k in sorted({*owner})])
-        nearest = np.array(sorted({*owner}))[torch.cdist(new.double() / scale, centroids).argmin(1)]
+        centroids = torch.stack([places[0][member == k].mean(0) for k in sorted({*owner})])
+        nearest = np.array(sorted({*owner}))[torch.cdist(places[1], centroids).argmin(1)]
         assert sop.assign(known, member, np.array(owner), new, kind).tolist() == nearest.tolist()
         assert set(nearest) == set(owner)
 
