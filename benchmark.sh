@@ -168,6 +168,7 @@ campaigns() {
   run point-goal-4c__{maml,promp}__0__small $small
   run point-goal-4c__maml__0__small-oracle $small --oracle
   run point-goal-4c__hom__0__small $small --clusters 4 --embedding gradient
+  run point-goal-4c__hom__0__small-centred $small --clusters 4 --embedding gradient --centre
   run point-goal-4c__cml__0__small $small --learners 4
   for e in 0.05 0.1 0.2 0.5; do run point-goal-4c__fcml__0__small-"$e" $small --epsilon "$e"; done
   figure point-goal-4c
@@ -207,6 +208,9 @@ campaigns() {
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
   run cheetah-vel-noise__{maml,rmaml}__0__small --tasks 20 --rollouts 10 --iterations 40
+  run cheetah-vel-noise__rmaml__0__small-alpha --tasks 20 --rollouts 10 --iterations 40 --strategy uniform
+  run cheetah-vel-noise__rmaml__0__small-buffer --tasks 20 --rollouts 10 --iterations 40 --alpha-init 0.1 --alpha-0 0
+  run cheetah-vel-noise__rmaml__0__small-fixed --tasks 20 --rollouts 10 --iterations 40 --alpha-init 0.33 --alpha-0 0 --strategy uniform
   run point-2m__mmaml__0__small --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100
   run point-2m__mmaml__0__small-promp --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200

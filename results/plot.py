@@ -198,6 +198,7 @@ class Method:
     label: str
     args: dict
     colour: tuple
+    line: str
     tables: list[dict[str, np.ndarray]]  # eval.csv of every seed
 
     def returns(self) -> list[str]:
@@ -208,7 +209,7 @@ class Method:
 
 
 def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:
-    """Methods of one script have shades of its colour."""
+    """Methods of one script have shades of its colour, and lines of their own."""
     groups = defaultdict(list)
     for args, table in zip(settings, tables):
         same_script = [other for other in settings if other["script"] == args["script"]]
@@ -224,7 +225,8 @@ def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[M
         colour, n = np.array(to_rgb(colours[args["script"]])), next(shade[args["script"]])
         colour = colour if n == 0 else colour * 0.7**n if n % 2 else 1 - (1 - colour) * 0.7**n  # darker, lighter, ...
         label = f"{label} ({len(runs)} seed{'s'[: len(runs) > 1]})".replace("$", r"\$")
-        result.append(Method(label, args, tuple(colour), [table for _, table in runs]))
+        line = ("-", "--", "-.", ":")[n % 4]
+        result.append(Method(label, args, tuple(colour), line, [table for _, table in runs]))
     return result
 
 
@@ -338,7 +340,8 @@ def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool = Fal
         for table in tables:
             axis.plot(table[X_COLUMN[x]], table[column], color=method.colour, linewidth=0.6, alpha=0.6)
     marker = "o" if len(done) < 3 else None  # a point alone makes no line
-    axis.plot(done, values.mean(0), color=method.colour, linewidth=1.8, marker=marker, markersize=3, label=label)
+    style = dict(color=method.colour, linestyle=method.line, linewidth=1.8, marker=marker, markersize=3)
+    axis.plot(done, values.mean(0), label=label, **style)
 
 
 # == Figures of one run ================================================================================================

@@ -105,6 +105,19 @@ def test_assignment_is_to_the_nearest_centroid(kind):
     assert hom.assign(policy, agent, new, args).tolist() == expected.tolist() and len(expected.unique()) > 1
 
 
+def test_a_centred_reward_has_the_mean_0_whatever_is_added_to_it():
+    args = small_args(embedding="gradient", centre=True)
+    policy, theta, batch = make_seen(args)
+    assert not batch.taken.all()
+    _, r = hom.transitions(policy, theta, batch, args)
+    _, more = hom.transitions(policy, theta, batch._replace(reward=batch.reward + 5 * batch.taken), args)
+    torch.testing.assert_close(r, more)
+    mean = (batch.weight * batch.reward).sum((1, 2))
+    own = batch._replace(reward=(batch.reward - mean[:, None, None]) * batch.taken)
+    torch.testing.assert_close(r, hom.transitions(policy, theta, own, small_args(embedding="gradient"))[1])
+    assert (r - hom.transitions(policy, theta, batch, small_args(embedding="gradient"))[1]).abs().max() > 0.01
+
+
 def test_clusters_are_wards_of_the_embeddings_themselves():
     phi = torch.randn(30, 50) * torch.logspace(0, 2, 50) ** 0.5 + 5
     for k in (1, 2, 3, 7):
