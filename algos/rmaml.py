@@ -127,7 +127,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     return {
         "--max-share must be in [0, 1]": 0 <= args.max_share <= 1,
         "--kl-slack is for --outer trpo": args.kl_slack == 0 or args.outer == "trpo",
-        f"--tasks must leave {clusters} fresh ones, which hold every cluster, beside the replayed": fresh >= clusters,
+        f"--tasks and --max-share must leave {clusters} fresh tasks, which hold every cluster": fresh >= clusters,
         "--mask-pad-actions is for environments of several robots": (
             env.used_actions is not envs.TaskVectorEnv.used_actions or not args.mask_pad_actions
         ),
@@ -305,10 +305,10 @@ def replay_count(iteration: int, args: Args) -> int:
 
 def replayed(returns: Tensor, count: int, strategy: str) -> Tensor:
     """Eq. (10): which of the buffer's tasks, of returns [..., M], are in the next batch: [..., L], or uniform: none."""
-    tasks = returns.shape[-1]
-    count = 0 if strategy == "uniform" else count
-    first = dict(easy=0, medium=(tasks - count) // 2, hard=tasks - count, uniform=0)[strategy]
-    return returns.argsort(dim=-1, descending=True, stable=True)[..., first : first + count]
+    ranked = returns.argsort(dim=-1, descending=True, stable=True)  # the task of the highest return first
+    rest = returns.shape[-1] - count
+    first = dict(easy=0, medium=rest // 2, hard=rest, uniform=returns.shape[-1])[strategy]
+    return ranked[..., first : first + count]
 
 
 def store(buffer: nn.ParameterDict, tasks: envs.Tasks, data: list[Batch]) -> None:
@@ -520,8 +520,8 @@ def sgd_step(
 # == Learned step size =================================================================================================
 
 
-def rate_of(policy: GaussianPolicy, rates: str) -> Tensor:
-    """Which parameters share their α: those of the same number, [d]; the layers are (W, b), .. and log σ."""
+def group_of(policy: GaussianPolicy, rates: str) -> Tensor:
+    """The group of each parameter, [d]: those of a group share an α. The layers are (W, b), .. and log σ."""
     layer = (torch.arange(len(policy.sizes)) // 2).repeat_interleave(torch.tensor(policy.sizes))
     return dict(scalar=torch.zeros_like(layer), layer=layer, parameter=torch.arange(len(layer)))[rates]
 
@@ -538,17 +538,17 @@ def hypergradient(policy: GaussianPolicy, theta: Tensor, data: list[Batch], alph
             steps.append((inner_grad, hessian))
         leaf = theta_k.detach().requires_grad_()
         (u,) = torch.autograd.grad(surrogate(*policy(leaf, outer.obs), outer).sum(), leaf)  # ∇S_i(θ'_i)
-        for k, (inner_grad, hessian) in reversed([*enumerate(steps)]):
+        for inner_grad, hessian in reversed(steps[1:]):
             total += (u * inner_grad).sum(0)  # Eq. (8)
-            if k > 0:
-                u = u - hessian(alpha * u)  # ∇S_i at θ_k, by this step's factor of J_iᵀ, Eq. (5)
+            u = u - hessian(alpha * u)  # ∇S_i at θ_k, by this step's factor of J_iᵀ, Eq. (5)
+        total += (u * steps[0][0]).sum(0)  # Eq. (8), the first step
     return total
 
 
-def next_alpha(alpha: Tensor, rate: Tensor, slope: Tensor, alpha_0: float) -> Tensor:
-    """Eq. (8): α + α_0 times the hypergradient [d], kept in its range (D13)."""
-    shared = torch.zeros_like(slope).index_add(0, rate, slope)  # summed per rate
-    return (alpha + alpha_0 * shared[rate]).clamp(*ALPHA_RANGE)
+def next_alpha(alpha: Tensor, group: Tensor, slope: Tensor, alpha_0: float) -> Tensor:
+    """Eq. (8): α + α_0 times the hypergradient [d], summed over each group, kept in its range (D13)."""
+    of_group = torch.zeros_like(slope).index_add(0, group, slope)
+    return (alpha + alpha_0 * of_group[group]).clamp(*ALPHA_RANGE)
 
 
 # == Evaluation ========================================================================================================
@@ -605,7 +605,7 @@ def train(args: Args, run: "Run") -> None:
     theta = nn.Parameter(policy.init(run.rng).to(args.device), requires_grad=False)  # [d], changed in place
     alpha = nn.Parameter(torch.full_like(theta, args.alpha_init), requires_grad=False)  # [d], too
     agent, buffer = nn.ParameterDict(dict(theta=theta, alpha=alpha)), make_buffer(env.unwrapped, args)
-    rate = rate_of(policy, args.rates).to(args.device)
+    group = group_of(policy, args.rates).to(args.device)
     outer_step = trpo_step if args.outer == "trpo" else sgd_step  # D11
 
     score = partial(evaluate, test_env, test_tasks, policy, agent, args)
@@ -614,8 +614,8 @@ def train(args: Args, run: "Run") -> None:
         chosen = replayed(buffer["returns"], replay_count(iteration, args), args.strategy)
         rng = np.random.default_rng(random_seed(run.rng))
         fresh = env.unwrapped.sample_tasks(args.tasks - len(chosen), rng)
-        params, cluster = (buffer[name][chosen].numpy() for name in ("params", "cluster"))
-        tasks = envs.Tasks(np.concatenate([params, fresh.params]), np.concatenate([cluster, fresh.cluster]))
+        old = envs.Tasks(*(buffer[name][chosen].numpy() for name in ("params", "cluster")))
+        tasks = envs.Tasks(np.concatenate([old.params, fresh.params]), np.concatenate([old.cluster, fresh.cluster]))
 
         # l. 7-11: sample D_k, adapt to it, n times; then sample D_n
         with run.timer("sample"):
@@ -626,7 +626,7 @@ def train(args: Args, run: "Run") -> None:
         slope = hypergradient(policy, theta, data, alpha, args)
         new_theta, stats = outer_step(policy, theta, data, alpha, args)
         theta.copy_(new_theta)
-        alpha.copy_(next_alpha(alpha, rate, slope, args.alpha_0))
+        alpha.copy_(next_alpha(alpha, group, slope, args.alpha_0))
 
         # l. 6, 15: B holds this batch and nothing else
         store(buffer, tasks, data)
@@ -634,7 +634,7 @@ def train(args: Args, run: "Run") -> None:
         # the returns of fresh tasks only: the buffer's were chosen by their returns
         metrics = returns_by_step("train/return_step", [b.of(slice(len(chosen), None)) for b in data], fresh.cluster)
         metrics |= stats | {"rmaml/hypergradient": slope.sum().item(), "rmaml/replayed": len(chosen)}
-        for name, part in (("batch", tasks.cluster), ("replayed", tasks.cluster[: len(chosen)])):
+        for name, part in dict(batch=tasks.cluster, replayed=old.cluster).items():
             metrics |= {f"rmaml/{name}_cluster_{m}": int((part == m).sum()) for m in range(env.unwrapped.num_clusters)}
         metrics |= {"policy/alpha_min": alpha.min().item(), "policy/alpha_max": alpha.max().item()}
         weights = alpha.split(policy.sizes)[::2]  # of every W, and of log σ

@@ -146,11 +146,11 @@ envs.register("reaching-2d", Reaching)
 
 def meta_batch(buffer: nn.ParameterDict, iteration: int, rng: torch.Generator, args: Args) -> Tensor:
     """Alg. 2, l. 3-5: the tasks of every agent, [strategy, repeat, M]; the fresh ones of all strategies agree."""
-    fresh = torch.rand(args.repeats, POINTS, generator=rng).argsort(-1).to(args.device)  # [repeat, 300] (D4)
-    count, batches = replay_count(iteration, args), []
-    for strategy, tasks, returns in zip(STRATEGIES, buffer["tasks"], buffer["returns"]):
-        replays = tasks.gather(-1, replayed(returns, count, strategy))  # [repeat, L], T_B of Alg. 2, l. 3
-        batches.append(torch.cat([replays, fresh[:, : args.tasks - replays.shape[-1]]], dim=-1))
+    fresh = torch.rand(args.repeats, POINTS, generator=rng).argsort(-1).to(args.device)  # all points, shuffled (D4)
+    count, batches = replay_count(iteration, args), []  # L; the batch of every strategy
+    for strategy, stored, returns in zip(STRATEGIES, buffer["tasks"], buffer["returns"]):
+        replays = stored.gather(-1, replayed(returns, count, strategy))  # [repeat, L], T_B of Alg. 2, l. 3
+        batches.append(torch.cat([replays, fresh], dim=-1)[:, : args.tasks])
     return torch.stack(batches)
 
 
@@ -159,8 +159,8 @@ def meta_batch(buffer: nn.ParameterDict, iteration: int, rng: torch.Generator, a
 
 def make_buffer(args: Args) -> nn.ParameterDict:
     """B of every agent: indices of the points of its last batch, and their returns; at first of none."""
-    returns = torch.zeros(len(STRATEGIES), args.repeats, args.tasks, dtype=torch.float64, device=args.device)
-    parts = dict(tasks=returns.long(), returns=returns)
+    none = torch.zeros(len(STRATEGIES), args.repeats, args.tasks, dtype=torch.float64, device=args.device)
+    parts = dict(tasks=none.long(), returns=none)
     return nn.ParameterDict({k: nn.Parameter(x, requires_grad=False) for k, x in parts.items()})
 
 
@@ -173,10 +173,10 @@ def replay_count(iteration: int, args: Args) -> int:
 # Copied from algos/rmaml.py
 def replayed(returns: Tensor, count: int, strategy: str) -> Tensor:
     """Eq. (10): which of the buffer's tasks, of returns [..., M], are in the next batch: [..., L], or uniform: none."""
-    tasks = returns.shape[-1]
-    count = 0 if strategy == "uniform" else count
-    first = dict(easy=0, medium=(tasks - count) // 2, hard=tasks - count, uniform=0)[strategy]
-    return returns.argsort(dim=-1, descending=True, stable=True)[..., first : first + count]
+    ranked = returns.argsort(dim=-1, descending=True, stable=True)  # the task of the highest return first
+    rest = returns.shape[-1] - count
+    first = dict(easy=0, medium=rest // 2, hard=rest, uniform=returns.shape[-1])[strategy]
+    return ranked[..., first : first + count]
 
 
 # == Perfect MAML ======================================================================================================

@@ -48,7 +48,7 @@ def test_hypergradient_against_finite_differences(kind, steps):
     slope = rmaml.hypergradient(policy, theta, data, alpha, args)
     total = lambda a: len(data[0].obs) * rmaml.meta_objective(policy, theta, data, a, args)[0].item()  # noqa: E731
     for rates in RATES:
-        rate = rmaml.rate_of(policy, rates)
+        rate = rmaml.group_of(policy, rates)
         for index in rate.unique()[:: 7 if rates == "parameter" else 1]:
             step = 1e-4 * (rate == index)
             expected = -(total(alpha + step) - total(alpha - step)) / 2e-4
@@ -80,9 +80,9 @@ def test_after_one_step_it_is_the_product_of_two_policy_gradients():
 def test_which_parameters_share_a_rate():
     policy, theta = make_policy(small_args(hidden=(5, 4)))
     layers = [3 * 5 + 5, 5 * 4 + 4, 4 * 2 + 2, 2]
-    assert rmaml.rate_of(policy, "scalar").tolist() == [0] * sum(layers)
-    assert rmaml.rate_of(policy, "layer").tolist() == [n for n, size in enumerate(layers) for _ in range(size)]
-    assert rmaml.rate_of(policy, "parameter").tolist() == list(range(len(theta)))
+    assert rmaml.group_of(policy, "scalar").tolist() == [0] * sum(layers)
+    assert rmaml.group_of(policy, "layer").tolist() == [n for n, size in enumerate(layers) for _ in range(size)]
+    assert rmaml.group_of(policy, "parameter").tolist() == list(range(len(theta)))
 
 
 def test_alpha_goes_up_the_hypergradient_and_stays_in_its_range():
@@ -194,7 +194,7 @@ def test_training_is_algorithm_2(single, monkeypatch, tmp_path, strategy, rates,
         slope = rmaml.hypergradient(policy, theta[0], data, alphas[0], args)
         step = rmaml.sgd_step if outer == "sgd" else rmaml.trpo_step
         new_theta, _ = step(policy, theta[0], data, alphas[0], args)
-        new_alpha = rmaml.next_alpha(alphas[0], rmaml.rate_of(policy, rates), slope, args.alpha_0)
+        new_alpha = rmaml.next_alpha(alphas[0], rmaml.group_of(policy, rates), slope, args.alpha_0)
         assert float(row["rmaml/hypergradient"]) == pytest.approx(slope.sum().item(), rel=1e-4)
         assert float(row["policy/alpha_layer_1"]) == pytest.approx(new_alpha[-7].item(), rel=1e-5)
         assert float(row["policy/alpha_layer_2"]) == pytest.approx(new_alpha[-1].item(), rel=1e-5)
@@ -255,7 +255,7 @@ def test_the_defaults_are_the_papers():
     assert (a.gamma, a.gae_lambda, a.delta, a.hidden, a.horizon) == (0.99, 1.0, 0.01, (64, 64), 100)
 
 
-FRESH = "--tasks must leave {} fresh ones, which hold every cluster, beside the replayed"
+FRESH = "--tasks and --max-share must leave {} fresh tasks, which hold every cluster"
 RULES = [
     ("--max-share 1.5", "--max-share must be in [0, 1]"),
     ("--outer sgd --kl-slack 0.1", "--kl-slack is for --outer trpo"),
