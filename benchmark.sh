@@ -163,7 +163,7 @@ campaigns() {
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
 
-  campaign gradient-point '35 minutes' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
+  campaign gradient-point '40 minutes' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
   small='--tasks 20 --rollouts 10 --iterations 100'
   run point-goal-4c__{maml,promp}__0__small $small
   run point-goal-4c__maml__0__small-oracle $small --oracle
@@ -203,7 +203,7 @@ campaigns() {
   run cheetah-vel-sparse__metacure__0 --iterations 30
   figure cheetah-vel-sparse
 
-  campaign short '45 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 seed'
+  campaign short '55 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 seed'
   run ml2__hom__0
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40

@@ -492,7 +492,8 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     kept = batch.taken.clone()  # [task, rollout, step], the steps of E
     kept[..., -1] &= args.embedding != "state-next-state"  # D16
     steps = kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts
-    mean = (batch.weight * batch.reward).sum((1, 2), keepdim=True) if args.centre else 0.0
+    weight = kept / steps  # of a step in E
+    mean = (weight * batch.reward).sum((1, 2), keepdim=True) / weight.sum((1, 2), keepdim=True) if args.centre else 0.0
     reward = (batch.reward - mean) * batch.taken
     r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * kept / steps  # D14
     if args.embedding == "state-next-state":
@@ -815,8 +816,8 @@ def parse_args(argv: list[str]) -> Args:
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
-            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
+            differ = stored.keys() ^ {"script", *asdict(default)} if stored["script"] == SCRIPT else [stored["script"]]
+            fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
             env = envs.find(stored.env)
         default = replace(default, resume=folder) if begun else stored

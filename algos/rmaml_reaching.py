@@ -421,8 +421,8 @@ def parse_args(argv: list[str]) -> Args:
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            differ = {*stored, f"{stored['script']}.py"} ^ {"script", *asdict(default), f"{SCRIPT}.py"}
-            fail(f"{folder} is no run of this {SCRIPT}.py: only one has {', '.join(sorted(differ))}", when=differ)
+            differ = stored.keys() ^ {"script", *asdict(default)} if stored["script"] == SCRIPT else [stored["script"]]
+            fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
             env = envs.find(stored.env)
         default = replace(default, resume=folder) if begun else stored

@@ -1,6 +1,7 @@
 """Importing this package registers every environment with Gymnasium."""
 
 import importlib
+from difflib import get_close_matches
 
 import gymnasium as gym
 
@@ -58,11 +59,13 @@ def register(env_id: str, env_class: type[TaskVectorEnv]) -> None:
 
 def find(name: str) -> type[TaskVectorEnv]:
     """The class of an environment id; `module:id` imports the module first, which registers it."""
-    module, _, env_id = name.rpartition(":")
-    if module:
+    module, colon, env_id = name.rpartition(":")
+    if colon:
         importlib.import_module(module)
     if env_id not in ENVIRONMENTS:
-        raise LookupError(f"no such environment; there are {', '.join(ENVIRONMENTS)}, and what envs.register is given")
+        near = get_close_matches(env_id, ENVIRONMENTS)
+        hint = f"Did you mean: `{'`, `'.join(near)}`?" if near else f"There are {', '.join(ENVIRONMENTS)}"
+        raise LookupError(f"it does not exist. {hint}")
     return ENVIRONMENTS[env_id]
 
 

@@ -344,8 +344,10 @@ def test_an_environment_is_found_by_its_id_and_module(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert envs.find("ml2") is envs.ENVIRONMENTS["ml2"] and envs.find("found_envs:found").__name__ == "Found"
-    with pytest.raises(LookupError, match="there are ant-goal-4c, "):
+    with pytest.raises(LookupError, match="Did you mean: `cheetah-"):
         envs.find("cheetah")
+    with pytest.raises(LookupError, match="There are ant-goal-4c, "):
+        envs.find("x")
 
 
 def test_single_form_shows_the_tasks():

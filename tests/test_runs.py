@@ -343,9 +343,9 @@ BAD_RUNS = {  # flags, what is done to the folder, what the line says
     "a list for a number": ("--resume", edit(alpha=[1]), "args.json is damaged"),
     "a number for a list": ("--evaluate", edit(hidden=7), "args.json is damaged"),
     "an unknown choice": ("--evaluate", edit(activation="gelu"), "args.json is damaged"),
-    "a key too few": ("--resume", edit(without="gamma"), "only one has gamma"),
-    "a key too many": ("--resume", edit(colour="red"), "only one has colour"),
-    "another script": ("--resume", edit(script="nobody"), "only one has maml.py, nobody.py"),
+    "a key too few": ("--resume", edit(without="gamma"), "does not fit this maml.py, because of gamma"),
+    "a key too many": ("--resume", edit(colour="red"), "because of colour"),
+    "another script": ("--resume", edit(script="nobody"), "does not fit this maml.py, because of nobody"),
     "no script": ("--resume", edit(without="script"), "args.json is damaged"),
     "another environment": ("--resume", edit(env="cheetah-dir"), "belongs to maml.py on point-goal-4c"),
     "other sizes": ("--evaluate", edit(hidden=[7]), "of other arguments"),
@@ -434,7 +434,7 @@ def test_tails_of_the_tables_do_not_stop_a_resume(copy):
 
 
 BAD_FLAGS = {
-    "--env point-goal-3c": "Did you mean: `point-goal-4c`?",
+    "--env point-goal-3c": "Did you mean: `point-goal-4c`,",
     "--env CartPole-v1": "--env CartPole-v1: ",
     "--env :": "Empty module name",
     "--env no_such_module:id": "No module named 'no_such_module'",
