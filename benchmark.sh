@@ -168,7 +168,7 @@ campaigns() {
   run point-goal-4c__{maml,promp}__0__small $small
   run point-goal-4c__maml__0__small-oracle $small --oracle
   run point-goal-4c__hom__0__small $small --clusters 4 --embedding gradient
-  run point-goal-4c__hom__0__small-centred $small --clusters 4 --embedding gradient --centre
+  run point-goal-4c__hom__{0,1,2}__small-centred $small --clusters 4 --embedding gradient --centre
   run point-goal-4c__cml__0__small $small --learners 4
   for e in 0.05 0.1 0.2 0.5; do run point-goal-4c__fcml__0__small-"$e" $small --epsilon "$e"; done
   figure point-goal-4c
