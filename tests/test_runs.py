@@ -26,10 +26,10 @@ QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after
     "varibad": "--env hopper-params-4c --preset paper --frames 19200 --horizon 50 --vae-batch 4 --elbo-terms 4 "
     "--decodes 5 --buffer-trials 64 --vae-updates 1",
     "rl2": "--env hopper-params-4c --frames 19200 --horizon 50",
-    "maml": "--env ml2 --oracle --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 50",
-    "promp": "--env ml2 --oracle --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 50 --adapt-eta "
+    "maml": "--env ml2 --oracle --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 20",
+    "promp": "--env ml2 --oracle --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 20 --adapt-eta "
     "--train-alpha",
-    "rmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 50 --rates layer "
+    "rmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 20 --rates layer "
     "--max-share 0.5",
     "cml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 20 --init task-specific "
     "--pretrain 3 --explore-iterations 4 --learners 4",
@@ -41,7 +41,7 @@ QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after
     "mmaml_classification": "--iterations 12 --tasks 3 --img-size 8 --channels 4 4 --embedding 4 --horizon 3 "
     "--eval-episodes 2",
     "hom": "--env ml2 --iterations 12 --probe-iterations 3 --train-tasks 8 --tasks 4 --rollouts 3 --inner-steps 2 "
-    "--horizon 50 --embedding full",
+    "--horizon 20 --embedding full",
     "rmaml_reaching": "--iterations 12 --repeats 2 --tasks 8",
     "pearl": "--env ml2 --iterations 12 --train-tasks 4 --horizon 50 --initial-steps 100 --visits 2 --prior-steps 100 "
     "--posterior-steps 100 --extra-steps 50 --gradient-steps 3 --batch 16 --context 16 --meta-batch 4 --hidden 16 16 "
