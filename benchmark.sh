@@ -163,10 +163,11 @@ campaigns() {
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
 
-  campaign gradient-point '40 minutes' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
+  campaign gradient-point '1 hour' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
   small='--tasks 20 --rollouts 10 --iterations 100'
-  run point-goal-4c__{maml,promp}__0__small $small
-  run point-goal-4c__maml__0__small-oracle $small --oracle
+  run point-goal-4c__maml__{0,1,2}__small $small
+  run point-goal-4c__maml__{0,1,2}__small-oracle $small --oracle
+  run point-goal-4c__promp__0__small $small
   run point-goal-4c__hom__0__small $small --clusters 4 --embedding gradient
   run point-goal-4c__hom__{0,1,2}__small-centred $small --clusters 4 --embedding gradient --centre
   run point-goal-4c__cml__0__small $small --learners 4
