@@ -27,7 +27,7 @@ Deviations from the paper (P) or C
      (OMNIGLOT: 1100, 100 and 423 characters; C has none for validation).
   D4 C turns the colours of FC100 into their negatives, by an overflow, and misplaces AIRCRAFT's variants with a slash
      in their name; here neither.
-  D5 C draws small classes with replacement; here none, and a class of too few images is an error.
+  D5 C draws small classes with replacement; here without, and a class of too few images is an error.
   D6 Multi-MAML in C is one run a data set, each with a budget and step size of its own: so here, as MAML with the
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
@@ -298,9 +298,9 @@ def digits(root: Path) -> dict[str, Classes]:
     data = load_digits()
     images = {f"{digit}": (15.9 * data.images[data.target == digit]).astype(np.uint8) for digit in range(10)}
     classes = {}
-    for part, digits in split(images, (0.4, 0.3, 0.3)).items():
-        turned = {(d, k): [np.rot90(image, k) for image in images] for d, images in digits.items() for k in (0, 1)}
-        classes[part] = {f"{d} turned {k}": images for (d, k), images in turned.items()}
+    for part, of_digit in split(images, (0.4, 0.3, 0.3)).items():
+        turned = {(d, k): [np.rot90(image, k) for image in of_digit[d]] for d in of_digit for k in (0, 1)}
+        classes[part] = {f"{d} turned {k}": rotated for (d, k), rotated in turned.items()}
     return classes
 
 

@@ -356,7 +356,7 @@ class LowRank(NamedTuple):
             with torch.no_grad():  # no entry of Hᵀ Δ is larger than the sum over points of max |H| max |Δ|
                 near = ((h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1) > clip).nonzero()[:, 0]  # tasks
                 task, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
-            if len(task):  # few entries are
+            if len(task):  # mostly few: no dense E
                 task = near[task]
                 gradient = (h.mT[task, row] * delta.mT[task, unit]).sum(-1)
                 excess = [*excess, (task, row, unit, args.alpha * (gradient - gradient.clamp(-clip, clip)))]

@@ -500,9 +500,9 @@ def observe(
     square = torch.cat([std**-2, 2 * one.expand_as(std)], dim=-1)  # Eq. (13): the mean of its square over ã (D10)
     context = Transitions(s, e.action, e.reward[..., None], after, e.terminated[..., None])
     q_z = posterior(agent["encoder"], tokens(context, args).to(args.device), e.alive.to(args.device))
-    outer = lambda r, a, b: ((r * a).mT @ b).flatten(1)  # noqa: E731  E[ r a bᵀ ]
-    size = r.abs()  # (9) and (10) are second moments: no weight below 0 (D9)
-    phi = outer(size, h1**2, square), outer(size, x, x), q_z.mean.cpu(), outer(r, h1, gradient)  # Eq. (9)-(12)
+    outer = lambda weight, a, b: ((weight * a).mT @ b).flatten(1)  # noqa: E731  E[ weight a bᵀ ]
+    unsigned = r.abs()  # (9) and (10) are second moments: no weight below 0 (D9)
+    phi = outer(unsigned, h1**2, square), outer(unsigned, x, x), q_z.mean.cpu(), outer(r, h1, gradient)  # Eq. (9)-(12)
     return e, seed, dict(zip(KINDS, phi))
 
 
