@@ -2,8 +2,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "algos"), str(ROOT / "tests")]
+torch.set_num_threads(1)  # pytest has one worker a core: more threads would wait for each other
 
 
 def train(script: ModuleType, **flags) -> Path:

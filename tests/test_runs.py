@@ -21,8 +21,8 @@ import torch
 from conftest import ROOT
 
 QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after four: a kill finds old and new trials
-    "milet": "--env hopper-params-4c --preset paper --frames 38400 --vae-batch 8 --elbo-terms 4 --decodes 5 "
-    "--buffer-trials 64",
+    "milet": "--env hopper-params-4c --preset paper --frames 19200 --horizon 50 --vae-batch 8 --elbo-terms 4 "
+    "--decodes 5 --buffer-trials 64",
     "varibad": "--env hopper-params-4c --preset paper --frames 19200 --horizon 50 --vae-batch 4 --elbo-terms 4 "
     "--decodes 5 --buffer-trials 64 --vae-updates 1",
     "rl2": "--env hopper-params-4c --frames 19200 --horizon 50",
@@ -31,9 +31,9 @@ QUICK = {  # a short run of twelve meta-iterations; MILET's buffer is full after
     "--train-alpha",
     "rmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 20 --rates layer "
     "--max-share 0.5",
-    "cml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 20 --init task-specific "
+    "cml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 10 --init task-specific "
     "--pretrain 3 --explore-iterations 4 --learners 4",
-    "fcml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 20 --warmup 2 --epsilon 0 --tune-steps 3",
+    "fcml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --horizon 10 --warmup 2 --epsilon 0 --tune-steps 3",
     "mmaml": "--env ml2 --iterations 12 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 15 --adapt-eta --train-alpha "
     "--encoder-width 16",
     "mmaml_regression": "--env functions-2m --iterations 12 --tasks 4 --hidden 8 8 --modulated-layers 2 "
@@ -242,7 +242,7 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, signum, code):
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    flags = [*CHEAP, "--iterations", 1, "--horizon", 3 * 10**4, "--run-dir", tmp_path]  # an iteration of many seconds
+    flags = [*CHEAP, "--inner-steps", 5000, "--eval-steps", 1, "--run-dir", tmp_path]  # an iteration of many seconds
     process = subprocess.Popen(command("maml", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_rows(tmp_path, 1, process)
     process.send_signal(signal.SIGTERM)
