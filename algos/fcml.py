@@ -685,6 +685,7 @@ class Run:
     def loop(self, iterations: int, state: dict, evaluate: Callable[[], tuple[dict, dict]]) -> Iterator[int]:
         """Yield the iterations still to do; around them resume, evaluate, save, and stop after a signal."""
         figures = f"figures: python results/plot.py {self.path}"
+        tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
@@ -759,13 +760,12 @@ class Run:
             with (self.path / name).open("a") as file:
                 file.truncate(min(file.tell(), self.sizes.get(name, 0)))
         if self.args.track:
-            whose = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
+            run = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
             with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
-                import wandb
-                wandb.init(**whose, project="clean-meta-rl", resume="allow", sync_tensorboard=True)
+                from wandb import init
+                init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
         self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
-        tqdm.write(f"{self.owner}, {self.args.preset} preset, seed {self.args.seed}, {self.args.device} -> {self.path}")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:

@@ -292,10 +292,10 @@ def test_columns_never_change(tmp_path):
 
 
 def test_tracks_offline(tmp_path):
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "of-mine"}
     run("maml", *CHEAP, "--track", "--run-dir", tmp_path, env=env)
     (stored,) = only_run(tmp_path).glob("wandb/offline-run-*/*.wandb")
-    assert b"eval/return_step_1" in stored.read_bytes() and b"charts/sps" in stored.read_bytes()
+    assert {b"eval/return_step_1", b"charts/sps", b"of-mine"} <= {*re.findall(rb"[\w/-]+", stored.read_bytes())}
 
 
 # -- what must end with one line ---------------------------------------------------------------------------------------
