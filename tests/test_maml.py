@@ -180,6 +180,24 @@ def test_baseline_against_least_squares_on_the_steps_taken():
         np.testing.assert_allclose(fit[i].flatten().numpy(), np.where(taken, rows @ w, 0), atol=1e-5)
 
 
+def test_the_baselines_ridge_grows_until_the_factorisation_succeeds(monkeypatch):
+    obs, returns, alive, ridges = torch.randn(2, 12, 3), torch.randn(2, 3, 4), torch.ones(2, 3, 4).bool(), []
+    factorise = torch.linalg.cholesky_ex
+
+    def fail_twice(a):
+        ridges.append(a)
+        factor, _ = factorise(a)
+        return factor, torch.tensor([0, int(len(ridges) < 3)])  # in one task of two
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_twice)
+    fit = maml.linear_baseline(obs, returns, alive)
+    more = [(a - ridges[0]).diagonal(dim1=-2, dim2=-1) for a in ridges]
+    for grown, expected in zip(more, (0, 1e-4 - 1e-5, 1e-3 - 1e-5), strict=True):
+        torch.testing.assert_close(grown, torch.full_like(grown, expected), rtol=0, atol=1e-9)
+    monkeypatch.undo()
+    assert not torch.equal(fit, maml.linear_baseline(obs, returns, alive))
+
+
 def test_advantages_are_normalised_in_every_task_over_the_steps_taken():
     args = small_args(rollouts=6, horizon=9)
     policy, theta = make_policy(args)
@@ -562,8 +580,17 @@ def test_padding_actions_leave_the_policy_with_the_flag(single):
 # -- evaluation and command line ---------------------------------------------------------------------------------------
 
 
-def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(single, monkeypatch):
-    args = maml.Args(rollouts=2, horizon=4, num_threads=1, oracle=True, eval_steps=3, inner_steps=2)
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (dict(inner_steps=2, eval_steps=3), [0.1, 0.1, 0.05]),
+        (dict(inner_steps=2), [0.1, 0.1]),
+        (dict(inner_steps=0), [0.1]),
+    ],
+    ids=str,
+)
+def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(single, monkeypatch, steps, expected):
+    args = maml.Args(rollouts=2, horizon=4, num_threads=1, oracle=True, **steps)
     env = gym.make_vec("cheetah-dir", num_envs=8, horizon=4)
     tasks = envs.Tasks(np.array([[1.0], [-1], [-1], [1]]), np.array([0, 1, 1, 0]))
     policy = maml.GaussianPolicy(17, 6, args)
@@ -572,9 +599,9 @@ def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(si
     monkeypatch.setattr(maml, "sample", lambda *a: sampled.append(a[3]) or sample(*a))
     monkeypatch.setattr(maml, "adapt", lambda *a: rates.append(a[3]) or adapt(*a))
     metrics, traces = maml.evaluate(env, tasks, policy, theta, args)
-    assert torch.equal(sampled[0], theta[[0, 1, 1, 0]]) and rates == [0.1, 0.1, 0.05]
-    assert traces["returns"].shape == (4, 4, 2)
-    for k in range(4):
+    assert torch.equal(sampled[0], theta[[0, 1, 1, 0]]) and rates == expected
+    assert traces["returns"].shape == (len(expected) + 1, 4, 2)
+    for k in range(len(expected) + 1):
         mean = traces["returns"][k].mean(1)
         assert metrics[f"eval/return_step_{k}"] == pytest.approx(mean.mean())
         assert metrics[f"eval/return_step_{k}_cluster_1"] == pytest.approx(mean[1:3].mean())

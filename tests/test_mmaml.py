@@ -375,9 +375,10 @@ def test_it_learns_to_tell_two_modes_apart_before_any_gradient_step(tmp_path):
 
 def test_one_task_has_no_spread_of_gains(tmp_path):
     torch.set_default_dtype(torch.float32)
-    flags = dict(env="point-1m", tasks=1, rollouts=2, horizon=5, iterations=1)
+    flags = dict(env="point-1m", tasks=1, rollouts=2, horizon=5, iterations=1, modulation="softmax", hidden=(5, 5))
     (row,) = rows(train(mmaml, run_dir=str(tmp_path), **flags) / "metrics.csv")
     assert float(row["policy/gain_between_tasks"]) == 0
+    assert float(row["policy/gain"]) == pytest.approx(1 / 5), "a softmax over five units"
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------

@@ -347,15 +347,16 @@ def test_members_learn_what_they_own_in_equal_parts_and_all_frames_count(monkeyp
     for kept, name, original in ((steps, "gradient_step", sop.gradient_step), (blocks, "collect", sop.collect)):
 
         def watch(learner, *rest, kept=kept, original=original):
-            kept.append((learner, learner.tasks.params, learner.args.visits))
-            return original(learner, *rest)
+            result = original(learner, *rest)
+            kept.append((learner, learner.tasks.params, learner.args.visits, result))
+            return result
 
         monkeypatch.setattr(sop, name, watch)
     path = train(sop, run_dir=str(tmp_path), **TINY, clusters=3, probe_iterations=1, embed_repeats=3, iterations=3)
     owner, members = np.array(owner), sorted({*owner})
     pool = gym.make_vec("point-goal-4c").unwrapped.task_set("train").params[:6]
     assert len(steps) == 2 * (1 + 2 * len(members)) and len(blocks) == 3 + (3 + 2) * len(members)
-    for n, (_, params, visits) in enumerate(steps):
+    for n, (_, params, visits, _) in enumerate(steps):
         mine = owner == members[(n // 2 - 1) % len(members)] if n > 1 else owner > 0
         np.testing.assert_array_equal(params, pool[mine])
         assert visits == (6 // len(members) if n > 1 else 6)
@@ -364,6 +365,9 @@ def test_members_learn_what_they_own_in_equal_parts_and_all_frames_count(monkeyp
     table = rows(path / "metrics.csv")
     names = ["frames/probe", "frames/embedding", *(f"frames/member_{m}" for m in (1, 2, 3))]
     assert [k for k in table[0] if k.startswith("frames/")] == names
+    last = [returns for *_, returns in blocks[-2 * len(members) :]]  # of every member, before and after it knows z
+    for column, mean in (("prior", np.mean(last[::2])), ("extra", np.mean(last[1::2]))):
+        assert float(table[-1][f"train/return_{column}"]) == pytest.approx(mean, rel=1e-5), column
     spent = [[int(row[k]) for k in names] for row in table]
     block = [6 // len(members) * 20 * int((owner == m).any()) for m in (1, 2, 3)]  # every visit 10 and 10 steps
     first = [15 * int((owner == m).sum()) for m in (1, 2, 3)]
