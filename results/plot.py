@@ -37,6 +37,7 @@ import envs
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import EngFormatter
 
 NOT_THE_METHOD = {"script", "seed", "run_dir", "name", "resume", "evaluate", "device", "num_threads", "track"}
 NOT_THE_METHOD |= {"save_every", "eval_every", "eval_steps", "eval_episodes", "data", "low_rank"}
@@ -44,8 +45,14 @@ RETURN = re.compile(r"eval/return_(episode|step)_(\d+)(_cluster_\d+)?")
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
 COLOURS = {  # a method has one colour in all figures
     "milet": "C0", "rl2": "C1", "varibad": "C2", "pearl": "C3", "maml": "C4", "promp": "C5", "cml": "C6", "rmaml": "C8",
-    "fcml": "C9", "hom": "navy", "mmaml": "teal", "sop": "goldenrod", "metacure": "darkred",
+    "fcml": "C9", "hom": "darkgreen", "mmaml": "teal", "sop": "goldenrod", "metacure": "darkred",
 }  # fmt: skip
+NAMES = {
+    "milet": "MILET", "rl2": "RL²", "varibad": "VariBAD", "pearl": "PEARL", "maml": "MAML", "promp": "ProMP",
+    "cml": "CML", "rmaml": "RMAML", "fcml": "FCML", "hom": "HoM", "mmaml": "MMAML", "mmaml_regression": "MMAML",
+    "mmaml_classification": "MMAML", "sop": "SoP", "metacure": "MetaCURE",
+}  # fmt: skip
+UNMODULATED = {"mmaml": "promp", "mmaml_regression": "maml", "mmaml_classification": "maml"}  # with --modulation none
 OTHER_COLOURS = "black", "deeppink", "lime", "sienna"  # of scripts that are not in the list
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
 
@@ -208,15 +215,33 @@ class Method:
         return sorted(names, key=lambda k: int(RETURN.fullmatch(k)[2]))
 
 
+def family(args: dict) -> str:
+    """What the field calls it: a script may hold several methods."""
+    script, oracle = args["script"], args.get("oracle") is True
+    if script == "mmaml_regression" and args.get("inner_steps") == 0:
+        return "LSTM learner"
+    if args.get("modulation") == "none":
+        script = UNMODULATED.get(script, script)
+    name = NAMES.get(script, script)
+    return f"Multi-{name}" if oracle and name in ("MAML", "ProMP") else f"{name}, oracle" if oracle else name
+
+
+def method_name(args: dict, settings: list[dict]) -> str:
+    """Its family, and the arguments in which others of this family differ; a run of an older script may lack some."""
+    others = [other for other in settings if family(other) == family(args)]
+    parts = [family(args)]
+    for key in dict.fromkeys(itertools.chain(*others)):
+        value, words = args.get(key, "unknown"), key.replace("_", " ")
+        if key not in NOT_THE_METHOD and any(value != other.get(key, "unknown") for other in others):
+            parts.append(words if value is True else f"no {words}" if value is False else f"{words} {value}")
+    return ", ".join(parts)
+
+
 def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:
     """Methods of one script have shades of its colour, and lines of their own."""
     groups = defaultdict(list)
     for args, table in zip(settings, tables):
-        same_script = [other for other in settings if other["script"] == args["script"]]
-        names = [k for k in dict.fromkeys(itertools.chain(*same_script)) if k not in NOT_THE_METHOD]
-        value = lambda run, k: run.get(k, "unknown")  # noqa: E731  a run of an older script may lack an argument
-        differs = [f"{k}={value(args, k)}" for k in names if any(value(args, k) != value(x, k) for x in same_script)]
-        groups[" ".join([args["script"], *differs])].append((args, table))
+        groups[method_name(args, settings)].append((args, table))
     others = sorted({args["script"] for args in settings} - COLOURS.keys())
     colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
     result, shade = [], defaultdict(itertools.count)
@@ -230,6 +255,15 @@ def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[M
     return result
 
 
+def title_of(column: str) -> str:
+    kind, k, _ = RETURN.fullmatch(column).groups()
+    return f"episode {k}" if kind == "episode" else after(int(k))
+
+
+def after(k: int) -> str:
+    return f"after {k} gradient step{'s'[k == 1 :]}" if k else "before a gradient step"
+
+
 def panels(compared: list[Method]) -> dict[str, list[str]]:
     """By title, the column of every method that a panel shows.
 
@@ -238,7 +272,7 @@ def panels(compared: list[Method]) -> dict[str, list[str]]:
     """
     columns = [method.returns() for method in compared]
     if all(names == columns[0] for names in columns):
-        return {name.removeprefix("eval/return_").replace("_", " "): [name] * len(compared) for name in columns[0]}
+        return {title_of(name): [name] * len(compared) for name in columns[0]}
     first, last = ([names[i] for names in columns] for i in (0, -1))
     return {"first: in an unknown task": first, "last: adapted to it": last}
 
@@ -306,15 +340,12 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
                 axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
             axis.set_title(title)
     entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    wide = max(map(len, entries)) > 40
-    if wide or len(entries) > 5:  # it would hide the curves
-        place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=1 if wide else 3)
-        figure.legend(entries.values(), entries.keys(), fontsize=7, **place)
-    else:
-        for axis in axes.flat:
-            axis.legend(fontsize=7)
+    columns = 1 if max(map(len, entries)) > 40 else 3
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=columns)  # below: it would hide curves
+    figure.legend(entries.values(), entries.keys(), fontsize=7, **place)
     for axis in axes[-1]:
         axis.set_xlabel("environment frames" if x == "frames" else x)
+        axis.xaxis.set_major_formatter(EngFormatter())  # 2 M
     if max(budgets) >= 10 * min(budgets) > 0:
         axes[0][0].set_xscale("log", nonpositive="mask")
     return figure
@@ -330,7 +361,7 @@ def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool = Fal
     done = np.mean([table[X_COLUMN[x]][rows] for table, rows in zip(tables, kept)], axis=0)
     values = np.stack([table[column][rows] for table, rows in zip(tables, kept)])  # [seed, n]
     kind, k, _ = RETURN.fullmatch(column).groups()
-    label = f"{method.label}, {kind} {k}" if aligned else method.label
+    label = f"{method.label}, {title_of(column)}" if aligned else method.label
     if kind == "episode" and int(k) <= (method.args.get("eval_prior_episodes") or 0):
         label += ", z of the prior"  # not adapted within the episode, as others are
     if len(tables) >= 5:
@@ -354,10 +385,6 @@ def shown_cluster(data: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
     if "learner" in data and ("learner_returns" in data or data["learner"].any()):  # HoM's 0 is its probe
         return data["learner"].astype(int), "inferred"
     return data["cluster"], "true"
-
-
-def after(k: int) -> str:
-    return f"after {k} gradient step{'s'[k == 1 :]}"
 
 
 def draw_spread(axis: plt.Axes, values: np.ndarray) -> None:
@@ -384,8 +411,9 @@ def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
             axis.plot(*goal, "x", color=colour, markersize=7, markeredgewidth=2)
             if strays[i] and k > 0:
                 axis.plot(*np.stack([trace[-1, i], goal]).T, ":", color=colour, linewidth=0.8)
-        axis.set(title=f"{title}: {strays.sum()} of {len(strays)} end far off", aspect="equal", xlabel="x")
-    axes[0][0].set_ylabel("y")
+        axis.set(title=f"{title}: {strays.sum()} of {len(strays)} end far off", aspect="equal", xlabel="x (m)")
+    axes[0][0].set_ylabel("y (m)")
+    figure.set_figheight(1 + 3.4 * np.ptp(axes[0][0].get_ylim()) / np.ptp(axes[0][0].get_xlim()))
     score = f", NMI {nmi(data['cluster'], guess):.2f}" if which == "inferred" else ""
     figure.suptitle(f"{env}: {len(np.unique(guess))} {which} clusters{score}" if data["cluster"].any() else env)
     save(figure, path)
@@ -470,7 +498,7 @@ def embedding(env: str, data: dict[str, np.ndarray], path: Path, names: list[str
         axis.set_title(f"{name} of the task embeddings")
     if names:
         legend_below(figure, axes[0], columns=5)
-    figure.suptitle(f"{env}: colour {which}, shape true cluster")
+    figure.suptitle(f"{env}: colour {'and' if which == 'true' else 'inferred,'} shape true cluster")
     save(figure, path)
 
 
@@ -560,6 +588,7 @@ def learned_rates(env: str, rates: str, table: dict[str, np.ndarray], path: Path
     right.set(xlabel="environment frames", ylabel="tasks of the batch (dotted: replayed)", ylim=(0, None))
     for axis in (left, right):
         axis.legend(fontsize=7)
+        axis.xaxis.set_major_formatter(EngFormatter())
     figure.suptitle(env)
     save(figure, path)
 
@@ -601,6 +630,7 @@ def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]],
         axis.set(title=title, yscale="log" if is_error else "linear")
     for axis in axes[-1]:
         axis.set_xlabel(x if x == "iterations" else "points seen" if is_error else "images seen")
+        axis.xaxis.set_major_formatter(EngFormatter())
         axis.locator_params(axis="x", nbins=4)
     for axis in axes[:, 0]:
         axis.set_ylabel("mean squared error" if is_error else "accuracy")

@@ -175,7 +175,7 @@ def test_belief_reaches_one_who_sees_the_task(tmp_path, drawn):
 def test_few_seeds_are_drawn_one_by_one(tmp_path, drawn, seeds):
     plot.main(plot.Options([make_run(tmp_path / str(seed), seed=seed) for seed in range(seeds)]))
     for axis in drawn["learning_curve.png"].axes:
-        bold, *thin = lines(axis, f"milet ({seeds} seed{'s' * (seeds > 1)})")
+        bold, *thin = lines(axis, f"MILET ({seeds} seed{'s' * (seeds > 1)})")
         assert len(thin) == (seeds if seeds == 3 else 0) and len(axis.collections) == (seeds == 5)
         assert all(line.get_linewidth() < bold.get_linewidth() / 2 for line in thin)
         if thin:
@@ -185,7 +185,7 @@ def test_few_seeds_are_drawn_one_by_one(tmp_path, drawn, seeds):
 def test_the_mean_ends_with_the_shortest_seed(tmp_path, drawn):
     runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seed=1, frames=FRAMES[:2])]
     plot.main(plot.Options(runs))
-    bold, *thin = lines(drawn["learning_curve.png"].axes[0], "milet")
+    bold, *thin = lines(drawn["learning_curve.png"].axes[0], "MILET")
     assert [len(line.get_xdata()) for line in (bold, *thin)] == [2, 4, 2]
 
 
@@ -196,11 +196,14 @@ def test_other_numbers_of_episodes_share_the_first_and_the_last(tmp_path, drawn)
     first, last = drawn["learning_curve.png"].axes
     labels = [[label for label in axis.get_legend_handles_labels()[1] if "seed" in label] for axis in (first, last)]
     assert labels[0] == [
-        "milet (1 seed), episode 1", "maml (1 seed), step 0", "pearl (1 seed), episode 1, z of the prior",
+        "MILET (1 seed), episode 1", "MAML (1 seed), before a gradient step",
+        "PEARL (1 seed), episode 1, z of the prior",
     ]  # fmt: skip
-    assert labels[1] == ["milet (1 seed), episode 2", "maml (1 seed), step 2", "pearl (1 seed), episode 4"]
+    assert labels[1] == [
+        "MILET (1 seed), episode 2", "MAML (1 seed), after 2 gradient steps", "PEARL (1 seed), episode 4",
+    ]  # fmt: skip
     expected = plot.read_csv(runs[2] / "eval.csv")["eval/return_episode_4"]
-    assert np.array_equal(lines(last, "pearl")[0].get_ydata(), expected)
+    assert np.array_equal(lines(last, "PEARL")[0].get_ydata(), expected)
     titles = [axis.get_title() for axis in drawn["learning_curve_clusters.png"].axes]
     assert len(titles) == 8 and "cluster 0" in titles[0] and "cluster 0" in titles[1] and "cluster 3" in titles[7]
 
@@ -209,7 +212,9 @@ def test_the_same_episodes_have_a_panel_each(tmp_path, drawn):
     plot.main(plot.Options([make_run(tmp_path / script, script) for script in ("milet", "rl2")]))
     axes = drawn["learning_curve.png"].axes
     assert [axis.get_title() for axis in axes] == ["episode 1", "episode 2"]
-    assert all(axis.get_legend() for axis in axes)
+    (legend,) = axes[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()[:2]] == ["MILET (1 seed)", "RL² (1 seed)"]
+    assert axes[0].xaxis.get_major_formatter()(2e6) == "2 M"
 
 
 def test_an_untrained_agent_may_fall_out_of_the_picture(tmp_path, drawn):
@@ -219,7 +224,7 @@ def test_an_untrained_agent_may_fall_out_of_the_picture(tmp_path, drawn):
     plot.main(plot.Options([run]))
     (axis,) = drawn["learning_curve.png"].axes
     low, high = axis.get_ylim()
-    values = lines(axis, "milet")[0].get_ydata()
+    values = lines(axis, "MILET")[0].get_ydata()
     levels = [line.get_ydata()[0] for line in axis.get_lines()[1:]]
     assert values[0] < -99999 < low < min(*values[2:], *levels) and max(*values, *levels) < high
 
@@ -229,8 +234,9 @@ def test_a_method_keeps_its_colour(tmp_path, drawn):
     for n, scripts in enumerate([("milet", "rl2"), ("pearl", "mine", "rl2")]):
         plot.main(plot.Options([make_run(tmp_path / str(n) / script, script) for script in scripts]))
         for axis in drawn["learning_curve.png"].axes:
-            assert len({lines(axis, script)[0].get_color() for script in scripts}) == len(scripts)
-            colours.add(lines(axis, "rl2")[0].get_color())
+            names = [plot.NAMES.get(script, script) for script in scripts]
+            assert len({lines(axis, name)[0].get_color() for name in names}) == len(names)
+            colours.add(lines(axis, "RL²")[0].get_color())
     assert colours == {plot.to_rgb(plot.COLOURS["rl2"])}
     assert len({plot.to_rgb(c) for c in plot.COLOURS.values()}) == len(plot.COLOURS)
 
@@ -239,8 +245,24 @@ def test_other_arguments_make_another_method(tmp_path, drawn):
     names = {"a": {}, "b": dict(seed=1), "c": dict(oracle=True), "d": dict(oracle=True, eval_every=3)}
     plot.main(plot.Options([make_run(tmp_path / k, "maml", **dict(oracle=False) | v) for k, v in names.items()]))
     axis = drawn["learning_curve.png"].axes[0]
-    without, oracle = lines(axis, "maml oracle=False (2 seeds)")[0], lines(axis, "maml oracle=True (2 seeds)")[0]
+    without, oracle = lines(axis, "MAML (2 seeds)")[0], lines(axis, "Multi-MAML (2 seeds)")[0]
     assert without.get_color() != oracle.get_color()
+
+
+@pytest.mark.parametrize(
+    "script, settings, names",
+    [
+        ("hom", [dict(centre=False), dict(centre=True)], ["HoM, no centre", "HoM, centre"]),
+        ("mmaml", [dict(modulation="film"), dict(modulation="none")], ["MMAML", "ProMP"]),
+        ("promp", [dict(oracle=True, lr=x) for x in (1, 2)], ["Multi-ProMP, lr 1", "Multi-ProMP, lr 2"]),
+        ("rl2", [dict(), dict(oracle=True), dict(lr=8)], ["RL², lr unknown", "RL², oracle", "RL², lr 8"]),
+        ("mine", [dict()], ["mine"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_methods_have_the_names_of_the_field(script, settings, names):
+    settings = [dict(script=script, env="x") | args for args in settings]
+    assert [plot.method_name(args, settings) for args in settings] == names
 
 
 @pytest.mark.parametrize("factor, scale", [(9, "linear"), (10, "log")])
@@ -265,7 +287,7 @@ def test_curves_over_iterations(tmp_path, drawn, script, kind, ks, label):
         plot.main(plot.Options([run], x=x))
         axis = drawn["learning_curve.png"].axes[0]
         assert axis.get_xlabel() == axis_label
-        assert {tuple(line.get_xdata()) for line in lines(axis, script)} == {tuple(table[column])}
+        assert {tuple(line.get_xdata()) for line in lines(axis, plot.NAMES[script])} == {tuple(table[column])}
     assert not np.array_equal(table["charts/frames"], table["iteration"])
 
 
@@ -571,7 +593,7 @@ def test_errors_of_every_family(tmp_path, drawn, modes, titles):
     axes, rows = drawn["learning_curve.png"].axes, plot.read_csv(run / "eval.csv")
     assert len(axes) == modes + (modes > 1) and (titles is None or [axis.get_title() for axis in axes] == titles)
     for axis, suffix in zip(axes, ["", *(f"_cluster_{m}" for m in range(modes))]):
-        after, before = lines(axis, "mmaml_regression (1 seed)")
+        after, before = lines(axis, "MMAML (1 seed)")
         np.testing.assert_array_equal(after.get_ydata(), -rows[f"eval/return_step_2{suffix}"])
         np.testing.assert_array_equal(before.get_ydata(), -rows[f"eval/return_step_0{suffix}"])
         assert before.get_linestyle() == ":" and axis.get_yscale() == "log"
@@ -586,8 +608,7 @@ def test_methods_of_one_script_have_colours_of_their_own(tmp_path, drawn):
     plot.main(plot.Options([*film, maml, lstm]))
     assert set(drawn) == {"learning_curve.png"}
     axis = drawn["learning_curve.png"].axes[0]
-    names = "film inner_steps=2", "none", "film inner_steps=0"
-    drawn_lines = [lines(axis, f"mmaml_regression modulation={name}") for name in names]
+    drawn_lines = [lines(axis, name) for name in ("MMAML (2 seeds)", "MAML (1 seed)", "LSTM learner (1 seed)")]
     assert [len(found) for found in drawn_lines] == [5, 2, 1], "mean, two seeds after and before; after and before; one"
     assert len({found[0].get_color() for found in drawn_lines}) == 3
 
@@ -599,7 +620,7 @@ def test_accuracies_and_images_of_every_data_set(tmp_path, drawn):
     assert set(drawn) == {"learning_curve.png", "examples.png", "embedding.png"}
     axes, rows = drawn["learning_curve.png"].axes, plot.read_csv(run / "eval.csv")
     assert [axis.get_title() for axis in axes] == ["all", "digits", "letters"]
-    after, before = lines(axes[2], "mmaml_classification")
+    after, before = lines(axes[2], "MMAML")
     np.testing.assert_array_equal(after.get_ydata(), rows["eval/return_step_5_cluster_1"])
     np.testing.assert_array_equal(before.get_ydata(), rows["eval/return_step_0_cluster_1"])
     assert axes[0].get_yscale() == "linear" and axes[0].get_lines()[-1].get_label() == "chance: 0.20"
