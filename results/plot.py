@@ -337,7 +337,8 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
                 draw_method(axis, method, column, len(set(columns)) > 1, x)
             for action, level in levels.items():
                 name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
-                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {round(level)}")
+                label = f"{name}: {round(level)}" if len(rows) == 1 else name  # every row has its own level
+                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=label)
             axis.set_title(title)
     entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     columns = 1 if max(map(len, entries)) > 40 else 3
