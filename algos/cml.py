@@ -93,8 +93,8 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     learners: int = 2  # m, meta-parameters
-    init: Literal["random", "task-specific"] = "random"  # random, or then trained on one task each (D16)
-    pretrain: int = 50  # first meta-iterations, which train them so
+    init: Literal["random", "task-specific"] = "random"  # θ_j to begin with: random, or trained by --pretrain (D16)
+    pretrain: int = 50  # first meta-iterations of --init task-specific, in which each learner has one task of its own
     oracle_warmup: int = 0  # first meta-iterations in which true clusters assign (CML's code: 2; D15)
     explore: float = 0.2  # ε, part of the tasks that get a learner at random in --explore-iterations (D17)
     explore_iterations: int = 0  # first meta-iterations, after --pretrain or --oracle-warmup, in which they do
@@ -132,6 +132,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     pads = env.used_actions is not envs.TaskVectorEnv.used_actions
     oracle, own, switch = args.oracle_warmup > 0, args.init == "task-specific", args.switch_at > 0
     beginning = (args.pretrain if own else args.oracle_warmup) + args.explore_iterations
+    explores = args.explore_iterations > 0 or args.explore == Args.explore  # at all, or --explore was not given
     return {
         f"--tasks must be at least --learners and {clusters}": args.tasks >= max(clusters, args.learners),
         f"--oracle-warmup and --switch-at need clusters, and {args.env} has none": n > 1 or not (oracle or switch),
@@ -145,9 +146,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--mask-pad-actions is for environments of several robots": pads or not args.mask_pad_actions,
         "--alpha, --action-scale and --delta must be positive": min(args.alpha, args.action_scale, args.delta) > 0,
         "--damping and --kl-slack must be at least 0": min(args.damping, args.kl_slack) >= 0,
-        "--explore must be in [0, 1], and needs --explore-iterations": 0 <= args.explore <= 1 and (
-            args.explore == Args.explore or args.explore_iterations > 0
-        ),
+        "--explore must be in [0, 1], and needs --explore-iterations": 0 <= args.explore <= 1 and explores,
         "--gamma and --gae-lambda must be in [0, 1]": 0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1,
     }
 
@@ -168,8 +167,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [0.0] * len(parts)  # of biases and log σ
-        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
@@ -384,13 +382,13 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
     theta = theta.detach().requires_grad_()
-    output = policy(theta, batch.obs)
+    _mean, log_std = output = policy(theta, batch.obs)
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum; log σ is the same in all rows
-    metric = weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used  # Λ, for mean and log σ
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    metric = weight * batch.used * (-2 * log_std.detach()).exp(), 2 * batch.used  # Λ: σ⁻² of the mean, 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -613,8 +611,8 @@ def train(args: Args, run: "Run") -> None:
     theta = nn.Parameter(theta, requires_grad=False)  # [learner, d], changed in place
     agent = nn.ParameterDict(dict(theta=theta))
 
-    score = partial(evaluate, test_env, test_tasks, policy, theta, args)
-    for iteration in run.loop(args.iterations, dict(agent=agent), score):
+    evaluation = partial(evaluate, test_env, test_tasks, policy, theta, args)
+    for iteration in run.loop(args.iterations, dict(agent=agent), evaluation):
         # l. 2
         tasks = draw_tasks(env.unwrapped, iteration, run.rng, args)
 

@@ -25,8 +25,8 @@ Deviations from the paper (P) or CML's official code (C); D1 to D14 are those of
   D7  No other inner losses here. D8 Pad actions stay in π, as C. D9 At test α / 2 after as many steps as in training.
   D10 Clusters are balanced. D11 One inner step, as C (P: 2). D12 KL ≤ δ, but for --kl-slack. D13 TRPO through the
       adaptation, as C; no step without tasks. D14 train/ has the very rollouts that chose, as P and C; eval/ others.
-  D15 P's listing sets θ to the winner and keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, R before adaptation: if
-      R > 0, unless a step does harm. Its text: if the last step brings little; so here, g_i ≤ ε, relative to R(θ').
+  D15 P's listing keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, θ before adaptation, which for R > 0 fails only where
+      the step does harm. Its text keeps it if the last step brings little; so here: g_i ≤ ε, relative to R(θ').
   D16 P has no ε, R_min or limits; here one cluster an iteration, of the largest g_i, and other tasks above ε stay. Nor
       has P a warm-up; here a learner is older than --warmup iterations before a task of its own founds another.
   D17 "Till convergence" is here until five returns are on average not 1 % above the five before, or 50 steps.
@@ -147,8 +147,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [0.0] * len(parts)  # of biases and log σ
-        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
@@ -355,13 +354,13 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
     theta = theta.detach().requires_grad_()
-    output = policy(theta, batch.obs)
+    _mean, log_std = output = policy(theta, batch.obs)
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum; log σ is the same in all rows
-    metric = weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used  # Λ, for mean and log σ
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    metric = weight * batch.used * (-2 * log_std.detach()).exp(), 2 * batch.used  # Λ: σ⁻² of the mean, 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -517,7 +516,7 @@ def gain(after: np.ndarray | float, before: np.ndarray | float, args: Args) -> n
 def tune(
     env_of: Callable, task: envs.Tasks, policy: GaussianPolicy, pair: Tensor, rng: torch.Generator, args: Args
 ) -> tuple[Tensor, float, list[float], int]:
-    """g_i of θ', θ'' [2, d] anew; if above ε, θ'' tuned (Alg. 2, l. 19): gives θ_m+1 [d], g_i, its returns, frames."""
+    """g_i of θ', θ'' [2, d] on fresh rollouts; if above ε, tunes θ'' (Alg. 2, l. 19) -> θ_m+1, g_i, returns, frames."""
     (both,) = collect(env_of(2), task[[0, 0]], policy, pair, [], rng, args)
     before, after = mean_returns(both, 1)[0].tolist()
     theta, batch, returns, frames = pair[1:], both.of([1]), [after], int(both.taken.sum())
@@ -588,8 +587,8 @@ def train(args: Args, run: "Run") -> None:
     born = nn.Parameter(torch.zeros(args.max_learners), requires_grad=False)  # [slot], the iteration of its founding
     agent = nn.ParameterDict(dict(theta=theta, born=born))
 
-    score = partial(evaluate, env_of, test_tasks, policy, theta, args)
-    for iteration in run.loop(args.iterations, dict(agent=agent), score):
+    evaluation = partial(evaluate, env_of, test_tasks, policy, theta, args)
+    for iteration in run.loop(args.iterations, dict(agent=agent), evaluation):
         # l. 2: fresh tasks (D10)
         tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))
         m = len(full(theta))
@@ -605,11 +604,11 @@ def train(args: Args, run: "Run") -> None:
         data = under(learner, data)
 
         # l. 14-15: θ'', does the further step still help?
-        g, confirmed, returns, cluster = np.zeros(args.tasks), 0.0, [], -1
+        g, confirmed, tuning_returns, founder_cluster = np.zeros(args.tasks), 0.0, [], -1
         may_found = iteration - born.numpy(force=True)[learner] > args.warmup  # D16
         if may_found.any() and m < args.max_learners:
             with run.timer("sample"):
-                thetas = [theta[learner]]  # along D_0 .. D_n again: θ_0 .. θ_n = θ', and θ''
+                thetas = [theta[learner]]  # θ_0 .. θ_n = θ' as above, and θ'': a step along each of D_0 .. D_n
                 for batch in data:
                     thetas.append(adapt(policy, thetas[-1], batch, args.alpha, args))  # D19
                 last = sample(env, tasks, policy, thetas[-1], run.rng, args)
@@ -621,11 +620,11 @@ def train(args: Args, run: "Run") -> None:
         if g[i] > args.epsilon:  # so g was measured: it is 0 otherwise
             with run.timer("sample"):
                 pair = torch.stack(thetas[-2:])[:, i]  # θ', θ''
-                tuned, confirmed, returns, frames = tune(env_of, tasks[[i]], policy, pair, run.rng, args)
+                tuned, confirmed, tuning_returns, frames = tune(env_of, tasks[[i]], policy, pair, run.rng, args)
             run.frames += frames
-        founded = confirmed > args.epsilon
-        if founded:
-            theta[m], born[m], learner[i], cluster = tuned, iteration, -1, int(tasks.cluster[i])  # no task of θ_j now
+        if confirmed > args.epsilon:
+            theta[m], born[m] = tuned, iteration
+            learner[i], founder_cluster = -1, int(tasks.cluster[i])  # the founder has no part in its old learner's step
 
         # l. 16-17: every learner takes a step on its own tasks, if it has any (D13, D18)
         stats = []
@@ -637,9 +636,10 @@ def train(args: Args, run: "Run") -> None:
         metrics = returns_by_step("train/return_step", data, tasks.cluster)
         metrics |= {key: sum(stat[key] for stat in stats) / len(stats) for key in stats[0]}
         metrics |= clustering("fcml", scores, tasks.cluster, args.max_learners) | {"fcml/skipped": m - len(stats)}
-        metrics |= returns_by_cluster("fcml/gain", g, tasks.cluster) | {"fcml/learners": m + int(founded)}
-        metrics |= returns_by_cluster("fcml/candidates", g > args.epsilon, tasks.cluster) | {"fcml/tuned": len(returns)}
-        metrics |= {"fcml/gain_max": g[i], "fcml/gain_confirmed": confirmed, "fcml/founder_cluster": cluster}
+        metrics |= returns_by_cluster("fcml/gain", g, tasks.cluster) | {"fcml/learners": len(full(theta))}
+        metrics |= returns_by_cluster("fcml/candidates", g > args.epsilon, tasks.cluster)
+        metrics |= {"fcml/tuned": len(tuning_returns), "fcml/gain_max": g[i], "fcml/gain_confirmed": confirmed}
+        metrics |= {"fcml/founder_cluster": founder_cluster}
         std, adapted = policy.log_std(theta[:m]).exp(), data[-1].log_std.exp()
         metrics |= {"policy/std": std.mean().item(), "policy/std_min": std.min().item()}
         metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}

@@ -143,8 +143,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [0.0] * len(parts)  # of biases and log σ
-        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
@@ -351,13 +350,13 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
     theta = theta.detach().requires_grad_()
-    output = policy(theta, batch.obs)
+    _mean, log_std = output = policy(theta, batch.obs)
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum; log σ is the same in all rows
-    metric = weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used  # Λ, for mean and log σ
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    metric = weight * batch.used * (-2 * log_std.detach()).exp(), 2 * batch.used  # Λ: σ⁻² of the mean, 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u

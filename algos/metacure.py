@@ -34,7 +34,7 @@ Deviations from the official code (C)
   D1  C plays one episode at a time; here all visits of an iteration in lockstep, the explorer's trials first.
   D2  C tests on its own tasks, some twice, goals evenly spaced; here on the environment's 32 or 40, once, at random.
   D3  C has float64 buffers of 1e6 steps; here float32, as needed. An episode that ends early is filled up: last state,
-      action and reward 0. So all trials have as many tokens; no transition of these is kept.
+      action and reward 0. So all trials have as many tokens; no transition of these is kept, nor a diverging step.
   D4  C has 13 optimisers and two a task, and weights prediction errors by 1 or 10; here five, and 1. Adam is
       elementwise, and blind to the scale of a loss: the same steps. C predicts r and s' by two networks; here by one.
   D5  C takes the variance for the standard deviation in the KL; here it does not (--kl-as-code).
@@ -43,7 +43,7 @@ Deviations from the official code (C)
   D7  C backs up to b_i+1 = q after c_1 .. c_i+1, without c_0, which does not follow from its (s, a, s'); so here. C
       computes it, and the errors in (11), after this step has changed φ, D and P; here before.
   D8  Half of the explorer's trials in C should start from a posterior, but do not; here they are of one kind. The
-      exploiter's posterior and extra blocks are alike in C; here one block, as long as both.
+      exploiter's posterior and extra blocks are alike in C; here one block, as long as both, with one prior z for two.
   D9  C draws the z of that block from shuffled transitions; here from a context as in training.
   D10 C counts the steps between renewals of b through a trial; here in every episode.
   D11 C's encoder is SNAIL, or an LSTM whose state outlives an encoding; here a GRU, or SNAIL, its last layer as MLP's.
@@ -351,7 +351,7 @@ class Transitions(NamedTuple):
     terminated: Tensor
 
 
-def steps(e: Episodes) -> Tensor:
+def transitions(e: Episodes) -> Tensor:
     """The transitions (s, a, r, s', d) of every copy, [copy, H, ·]."""
     return torch.cat([e.obs[:, :-1], e.action, e.reward[..., None], e.obs[:, 1:], e.terminated[..., None]], dim=-1)
 
@@ -368,7 +368,7 @@ class Replay:
     def sample(self, which: Tensor, n: int, rng: torch.Generator) -> Tensor:
         """n rows of each of `which`, with replacement: [len(which), n, *shape]."""
         uniform = torch.rand(len(which), n, generator=rng, dtype=torch.float64)
-        return torch.stack([(mine := self.rows[i])[(u * len(mine)).long()] for i, u in zip(which.tolist(), uniform)])
+        return torch.stack([rows[(u * len(rows)).long()] for rows, u in zip([self.rows[i] for i in which], uniform)])
 
     def state_dict(self) -> dict:
         return dict(rows=self.rows)
@@ -411,7 +411,7 @@ def prediction_errors(agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b
         by_id = torch.cat([predictor.nets[k](rows) for k, rows in zip(tasks.tolist(), x.split(n))])
     else:
         by_id = predictor(F.one_hot(tasks, ids).repeat_interleave(n, dim=0), x)[0]
-    outcome = torch.cat([batch.reward, batch.next_obs], dim=-1)[:, : by_id.shape[1]]
+    outcome = torch.cat([batch.reward, batch.next_obs], dim=-1)[:, : by_id.shape[1]]  # r; (r, s') with --dynamics
     squares = [(prediction - outcome).square() for prediction in (by_belief, by_id)]
     e_d, e_p = (error[:, 0] + error[:, 1:].sum(-1) / batch.obs.shape[1] for error in squares)
     return e_d, e_p
@@ -473,12 +473,12 @@ def make_learner(make_env: Callable[[int], gym.vector.VectorEnv], tasks: envs.Ta
     obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     agent = make_agent(obs_dim, action_dim, args)
     parts = dict(predictions=[agent["decoder"], agent["predictor"]])
-    parts |= {f"{who}_critic": [agent[who]["q"]] for who in ("exploiter", "explorer")}
-    parts |= {f"{who}_actor": [agent[who]["v"], agent[who]["policy"]] for who in ("exploiter", "explorer")}
-    parts["exploiter_critic"].insert(0, agent["encoder"])  # φ learns with the exploiter's critic
+    for who, phi in ("exploiter", [agent["encoder"]]), ("explorer", []):  # φ learns with the exploiter's critic
+        parts[f"{who}_critic"] = [*phi, agent[who]["q"]]
+        parts[f"{who}_actor"] = [agent[who]["v"], agent[who]["policy"]]
     adam = {k: torch.optim.Adam(nn.ModuleList(v).parameters(), lr=args.lr, fused=True) for k, v in parts.items()}
-    rl = Replay(len(tasks), sum(widths := (obs_dim, action_dim, 1, obs_dim, 1)))
-    trials = Replay(len(tasks), args.explorer_episodes * (args.horizon + 1), obs_dim + action_dim + 1)
+    widths, tokens_a_trial = (obs_dim, action_dim, 1, obs_dim, 1), args.explorer_episodes * (args.horizon + 1)
+    rl, trials = Replay(len(tasks), sum(widths)), Replay(len(tasks), tokens_a_trial, obs_dim + action_dim + 1)
     return Learner(agent, adam, rl, trials, widths, tasks, make_env, args)
 
 
@@ -497,7 +497,7 @@ def collect_trials(learner: Learner, tasks: Tensor, trials: int, rng: torch.Gene
     for i, k in enumerate(tasks.tolist()):
         learner.trials.add(k, contexts[i : i + 1])
         for e in episodes:
-            learner.rl.add(k, steps(e)[i, e.alive[i]])
+            learner.rl.add(k, transitions(e)[i, e.alive[i]])
     return torch.stack([e.reward.sum(1) for e in episodes]).mean().item()
 
 
@@ -513,7 +513,7 @@ def collect(learner: Learner, tasks: Tensor, n: int, infer: bool, rng: torch.Gen
         noise = torch.randn(args.horizon, *env.action_space.shape, generator=rng)
         e = rollout(env, env_tasks, agent["exploiter"]["policy"], z, seed, noise, play.numpy())
         returns.append(e.reward.sum(1)[play])
-        for k, rows, alive in zip(tasks.tolist(), steps(e), e.alive):
+        for k, rows, alive in zip(tasks.tolist(), transitions(e), e.alive):
             learner.rl.add(k, rows[alive])
         taken += e.alive.sum(1)
     return torch.cat(returns).mean().item()
@@ -555,7 +555,7 @@ def gradient_step(learner: Learner, rng: torch.Generator) -> dict[str, Tensor]:
 
     q_z = posterior(agent["encoder"], context[:, :-1])  # Alg. 1, l. 4
     with torch.no_grad():
-        later = posterior(agent["encoder"], context[:, 1:])  # D7
+        later = posterior(agent["encoder"], context[:, 1:])  # q after c_1 .. c_i+1, without c_0 (D7)
         b, next_b = belief(q_z).flatten(0, 1), belief(later).flatten(0, 1)  # [row, 2 latent_dim]
     z, kl = draw(q_z, rng).flatten(0, 1), kl_to_prior(q_z, args.kl_as_code)
     exploiter = soft_actor_critic(learner, "exploiter", batch, z, z, noise[0], kl)
@@ -598,8 +598,8 @@ def evaluate(
     mean_actions = torch.zeros(args.explorer_episodes, args.horizon, *env.action_space.shape, device=args.device)
     episodes, context = explore(env, tasks, agent, seeds[:-1], mean_actions, args.eval_refresh)  # Alg. 2, l. 1
     q_z = posterior(agent["encoder"], context.to(args.device))
-    z, policy, everyone = draw(q_z, rng)[:, -1], agent["exploiter"]["policy"], np.ones(len(tasks), bool)
-    episodes.append(rollout(env, tasks, policy, z, seeds[-1], mean_actions[0], everyone))  # l. 2
+    z, everyone = draw(q_z, rng)[:, -1], np.ones(len(tasks), bool)  # z after the last token
+    episodes.append(rollout(env, tasks, agent["exploiter"]["policy"], z, seeds[-1], mean_actions[0], everyone))  # l. 2
     metrics = {}
     for k, episode in enumerate(episodes, start=1):  # the last is the exploiter's
         returns = episode.reward.double().sum(1).numpy()

@@ -347,8 +347,8 @@ def rollout(
     noise = (torch.zeros if test else torch.randn)(horizon, n, action_dim).to(args.device)
     gumbel = [None] * horizon if test else Gumbel(0.0, 1.0).sample((horizon, n, args.clusters)).to(args.device)
     states, rewards = np.zeros((horizon + 1, n, obs.shape[1]), np.float32), np.zeros((horizon, n), np.float32)
-    (h_alpha, h_beta, q, belief), states[0] = memory, obs
-    actions, samples, qs, beliefs = [], [], [q], [belief]
+    h_alpha, h_beta, q, belief = memory
+    states[0], acted, inferred = obs, [], [(q, belief)]
     for t in range(horizon):
         pi, _ = policy(torch.from_numpy(states[t]).to(args.device), belief)
         sample = pi.mean + pi.stddev * noise[t]
@@ -358,9 +358,9 @@ def rollout(
         reward, state = (torch.from_numpy(x).to(args.device)[None] for x in (rewards[t], states[t + 1]))
         h_alpha, h_beta = (h[0] for h in encoder(action[None], reward, state, h_alpha, h_beta))
         q, belief = infer(encoder, h_alpha, h_beta, gumbel[t], args.temperature)
-        for seen, x in zip((actions, samples, qs, beliefs), (action, sample, q, belief)):
-            seen.append(x)
-    actions, samples, qs, beliefs = (torch.stack(seen).cpu() for seen in (actions, samples, qs, beliefs))
+        acted.append((action, sample))
+        inferred.append((q, belief))
+    actions, samples, qs, beliefs = (torch.stack(xs).cpu() for xs in (*zip(*acted), *zip(*inferred)))
     episode = Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), qs, beliefs)
     return episode, (h_alpha, h_beta, q, belief)
 
@@ -396,8 +396,8 @@ class TrialBuffer:
         self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        parts = (torch.stack([getattr(e, name) for e in episodes]) for name in ("obs", "action", "reward"))
-        self.trials.extend(zip(*(part.movedim(2, 0) for part in parts)))
+        parts = (torch.stack([getattr(e, x).transpose(0, 1) for e in episodes], 1) for x in ("obs", "action", "reward"))
+        self.trials.extend(zip(*parts))  # [env, 2, T, ·]
 
     def sample(self, batch: int) -> list[Tensor]:
         """Different trials, stacked."""
@@ -616,7 +616,7 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 6: what πψ and πφ are paid, Eq. (12) and (1), by normalised rewards (D7)
         bonus_h, bonus_c = exploration_bonus(explore.q)
-        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # as one, without s_H
+        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # s'_0 in place of s_H
         rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
         r_e = rewards[: args.horizon] + args.r_h * bonus_h + args.r_c * bonus_c
         batches = {"psi": (explore, r_e), "phi": (exploit, rewards[args.horizon :])}

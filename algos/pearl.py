@@ -42,7 +42,7 @@ Deviations from the official code (C)
       C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2). Its ant-dir has
       two random directions, no contact forces among 27 observations, and death outside heights of 0.2 to 1; here
       forward and backward, 111 observations, 0 to 1.
-  D6  No option of C: dense reward with sparse context, encoder without bottleneck, recurrent encoder.
+  D6  Left out, C's options: dense reward with sparse context, encoder without bottleneck, recurrent encoder.
 
 Tested       python algos/pearl.py --env cheetah-dir --iterations 60   (604,000 frames, two hours on one core of an AMD
              EPYC): 1141 in the episode after inference (forward 1091, backward 1190), -118 and 51 in the two before.
@@ -483,7 +483,7 @@ def collect(
     env = learner.make_env(len(visit))
     while (taken < steps).any():
         z = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)  # from the prior
-        if infer:  # the first of all episodes keeps it
+        if infer:  # from the posterior, but for the first episode of each visit
             informed = posterior_z(learner, contexts, episodes, rng)
             z = informed if taken.any() else torch.cat([z, informed[:, 1:]], dim=1)
         needed = ((steps - taken) / args.horizon).ceil()  # episodes [visit]; at most 0: done

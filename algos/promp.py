@@ -152,8 +152,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [0.0] * len(parts)  # of biases and log σ
-        bounds[:-1:2] = [math.sqrt(6 / (fan_in + fan_out)) for fan_in, fan_out in self.shapes[:-1:2]]  # of weights
+        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:

@@ -400,8 +400,8 @@ class TrialBuffer:
         self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        parts = (torch.stack([getattr(e, name) for e in episodes]) for name in ("obs", "action", "reward"))
-        self.trials.extend(zip(*(part.movedim(2, 0) for part in parts)))
+        parts = (torch.stack([getattr(e, x).transpose(0, 1) for e in episodes], 1) for x in ("obs", "action", "reward"))
+        self.trials.extend(zip(*parts))  # [env, 2, T, ·]
 
     def sample(self, batch: int) -> list[Tensor]:
         """Different trials, stacked."""
@@ -412,7 +412,7 @@ class TrialBuffer:
         return {"trials": [torch.stack(part) for part in zip(*self.trials)]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.trials.extend(zip(*(part.clone() for part in state["trials"])))  # not of the file, which goes
+        self.trials.extend(zip(*(part.clone() for part in state["trials"])))  # copies: these are views of a file
 
 
 # == Variational inference =============================================================================================

@@ -56,7 +56,7 @@ def make_learner(horizon=5, trials=3, **kwargs) -> metacure.Learner:
         contexts = [metacure.tokens(e.obs, e.action, e.reward) for e in (first, second)]
         learner.trials.add(task, torch.cat(contexts, dim=1))
         for e in (first, second, other):
-            learner.rl.add(task, metacure.steps(e).flatten(0, 1))
+            learner.rl.add(task, metacure.transitions(e).flatten(0, 1))
     return learner
 
 
@@ -369,7 +369,7 @@ def test_gradient_step_against_the_official_order_with_an_optimiser_a_network():
 
 def test_tokens_and_steps_by_hand():
     e = make_episodes(2, 4)
-    context, steps = metacure.tokens(e.obs, e.action, e.reward), metacure.steps(e)
+    context, steps = metacure.tokens(e.obs, e.action, e.reward), metacure.transitions(e)
     assert context.shape == (2, 5, TOKEN) and not context[:, 0, OBS:].any()
     for i in range(2):
         for t in range(4):
