@@ -34,6 +34,7 @@ Deviations from the paper (P) or the official code (C); D1 to D10 and D12 are th
   D12 C's KL ≤ δ often turns down the first candidate of Eq. (7); so here (--kl-slack 0.1 accepts a tenth more).
   D13 P's listing steps along the gradient at θ', its text and C by TRPO through the adaptation, as here. C fills up the
       tasks of a learner by resampling, and crashes where there are none; here their mean, and no step without tasks.
+      Nothing in C's TRPO reads the outer rate of 1e-3 that P and C state; here there is none, but δ.
   D14 P and C plot the very rollouts that chose the learner, too good on average; train/ does too, eval/ samples again.
   D15 C's "random initialisation" has true clusters assign twice, here only --oracle-warmup 2 (100: as Sec. 5.2.1).
   D16 --init task-specific is MAML on a task a learner, of the entries of the training cycle in turn, in P's 50
