@@ -50,11 +50,9 @@ campaigns() {
   run ant-goal-4c__milet__0 --preset paper
   figure ant-goal-4c
 
-  campaign milet-mujoco '18 hours' 'MILET on the humanoid (2 million frames, and the official 30), and on the ant with sparse rewards or uniform goals'
-  run humanoid-dir-4c__milet__0__2m --frames 2000000 --num-envs 32 --hidden 64 --policy-embed 64 --policy-hidden 128 64 --squash none \
-    --init-std 0.4 --minibatches 8 --gae-lambda 0.95 --lr-psi 5e-4 --lr-phi 5e-4 --kl-z-weight 3e-3 --kl-c-weight 3e-3 \
-    --elbo-terms 30 --decodes 30 --vae-updates 3 --lr-vae 2e-3
+  campaign milet-mujoco '22 hours' 'MILET on the humanoid (2 million frames, and the official 30), and on the ant with sparse rewards or uniform goals'
   run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
+  run humanoid-dir-4c__milet__0__paper --preset paper
   for env in humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
 
   campaign milet-tenth '45 minutes' 'published settings, a tenth of the frames: MILET on ant, hopper, walker, others on hopper'

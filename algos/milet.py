@@ -19,8 +19,7 @@ Symbols      c cluster -> y [batch, C], Gumbel-softmax sample or one-hot; z task
              p_tgt -> target; πψ, πφ -> psi, phi; H+ = 2 H, the steps of a trial
 
 Deviations from the paper (P) or the official code (C)
-  D1  P sums in Eq. (4), (5), (8); here means over terms and state dimensions, with weights kl_z_weight, kl_c_weight
-      for the two KLs, as C.
+  D1  P sums in Eq. (4), (5), (8); here, as C, means over terms and dimensions, KLs weighted (kl_z_weight, kl_c_weight).
   D2  P has λ_I, λ_P outside the sum over t; here inside the weighted groups, as C (else they are negligible).
   D3  C estimates KL(z) by one sample, reverses L_I (random steps) and L_P (a sampled y), ablates L_P alone; here as P.
   D4  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
@@ -161,12 +160,13 @@ FAST = {  # tuned by us
         frames=3_200_000, num_envs=64, hidden=64, reward_decoder=(64, 64), kl_z_weight=3e-3, kl_c_weight=3e-3,
         elbo_terms=30, decodes=30, vae_updates=8, lr_vae=2e-3, minibatches=16, clip=0.1, lr_psi=1e-3, lr_phi=2e-3,
     ),
-    **dict.fromkeys(("hopper-params-4c", "walker-params-4c"), HOPPER | dict(
-        frames=2_500_000, num_envs=32, reward_decoder=(64, 64), state_decoder=(128, 64), kl_z_weight=1e-2,
-        kl_c_weight=1e-2, elbo_terms=20, decodes=20, vae_updates=3, lr_vae=2e-3, gae_lambda=0.95, ppo_epochs=4,
-        clip=0.1, lr_psi=5e-4, lr_phi=5e-4, init_std=0.5,
-    )),
 }  # fmt: skip
+FAST |= dict.fromkeys(("ant-goal-partial-4c", "ant-goal-u"), FAST["ant-goal-4c"])
+FAST["humanoid-dir-4c"] = FAST["ant-goal-4c"] | dict(frames=2_000_000, vae_updates=3, gamma=0.99)
+FAST |= dict.fromkeys(("hopper-params-4c", "walker-params-4c"), HOPPER | FAST["ant-goal-4c"] | dict(
+    frames=2_500_000, reward_decoder=(64, 64), state_decoder=(128, 64), kl_z_weight=1e-2, kl_c_weight=1e-2,
+    elbo_terms=20, decodes=20, vae_updates=3, init_std=0.5,
+))  # fmt: skip
 FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "decodes", "policy_embed"
 

@@ -141,6 +141,7 @@ FAST = {  # tuned by us
         entropy=1e-4,
     ),
 }  # fmt: skip
+FAST |= dict.fromkeys(("ant-goal-partial-4c", "ant-goal-u"), FAST["ant-goal-4c"])
 FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "policy_embed"
 

@@ -172,6 +172,7 @@ FAST = {  # tuned by us
         init_std=0.5, gae_lambda=0.95, ppo_epochs=4, minibatches=8, clip=0.1, lr_policy=5e-4, anneal=True, entropy=1e-3,
     )),
 }  # fmt: skip
+FAST |= dict.fromkeys(("ant-goal-partial-4c", "ant-goal-u"), FAST["ant-goal-4c"])
 FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed"
 

@@ -592,7 +592,7 @@ def test_presets_are_the_official_configurations(env_id):
 
 
 def test_flags_beat_presets():
-    args = milet.parse_args(["--env", "humanoid-dir-4c", "--gamma", "0.5", "--no-consistency", "--clusters", "6"])
+    args = milet.parse_args("--env humanoid-dir-sparse-4c --gamma 0.5 --no-consistency --clusters 6".split())
     assert (args.squash, args.policy_hidden) == ("sample", (512, 256))
     assert (args.gamma, args.consistency, args.clusters) == (0.5, False, 6)
 
@@ -600,7 +600,7 @@ def test_flags_beat_presets():
 def test_the_fast_preset_is_the_default_where_there_is_one():
     assert milet.parse_args([]).preset == "fast" and milet.parse_args([]).num_envs == 32
     assert milet.parse_args(["--preset", "paper"]).num_envs == 16
-    assert milet.parse_args(["--env", "humanoid-dir-4c"]).preset == "paper"
+    assert milet.parse_args(["--env", "humanoid-dir-sparse-4c"]).preset == "paper"
 
 
 def test_help_shows_the_preset(capsys):

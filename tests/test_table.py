@@ -28,8 +28,8 @@ def test_a_row_a_method_and_the_last_evaluation(tmp_path, capsys):
     assert set(line) == {"---"} and len(line) == len(milet) == len(maml) == 7
     last = [plot.read_csv(run / "eval.csv")["eval/return_episode_2"][-1] for run in two]
     mean, sd = np.mean(last), abs(last[0] - last[1]) / np.sqrt(2)
-    assert milet == ["milet (2 seeds)", "0.00", milet[2], f"{mean:.3f} ± {sd:.3f}", "", "", "0.50"]
-    assert maml[0] == "maml (1 seed)" and maml[2:4] == ["", ""] and "±" not in maml[5]
+    assert milet == ["MILET (2 seeds)", "0.00", milet[2], f"{mean:.3f} ± {sd:.3f}", "", "", "0.50"]
+    assert maml[0] == "MAML (1 seed)" and maml[2:4] == ["", ""] and "±" not in maml[5]
 
 
 def test_clusters(tmp_path, capsys):
@@ -42,7 +42,7 @@ def test_an_argument_that_older_runs_lack_tells_methods_apart(tmp_path, capsys):
     old, new = make_run(tmp_path / "old"), make_run(tmp_path / "new", seed=1, anneal_vae=True)
     table.main(table.Options((old, new)))
     *_, first, second = rows(capsys.readouterr().out)
-    assert [first[0], second[0]] == ["milet anneal_vae=unknown (1 seed)", "milet anneal_vae=True (1 seed)"]
+    assert [first[0], second[0]] == ["MILET, anneal vae unknown (1 seed)", "MILET, anneal vae (1 seed)"]
 
 
 def test_what_cannot_stand_in_one_table(tmp_path):
