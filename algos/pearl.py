@@ -144,8 +144,8 @@ FAST = {
         iterations=80, eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64,
         batch=64, gamma=0.9, reward_scale=20.0, tau=0.01, lr=1e-3,
     ),
-    "point-goal-sparse": dict(  # as MetaCURE's
-        train_tasks=40, horizon=32, initial_steps=704, visits=20, prior_steps=256, extra_steps=96, gradient_steps=200,
+    "point-goal-sparse": dict(  # budget and sizes as MetaCURE's
+        train_tasks=500, horizon=32, initial_steps=64, visits=20, prior_steps=256, extra_steps=96, gradient_steps=200,
         iterations=200, encoder_hidden=(64, 64), hidden=(64, 64), meta_batch=8, context=33, batch=33, gamma=0.9,
         reward_scale=100.0, tau=0.01, lr=2e-3,
     ),
