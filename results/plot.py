@@ -215,13 +215,17 @@ class Method:
         return sorted(names, key=lambda k: int(RETURN.fullmatch(k)[2]))
 
 
+def algorithm(args: dict) -> str:
+    """The script whose algorithm a run has."""
+    script = args["script"]
+    return UNMODULATED.get(script, script) if args.get("modulation") == "none" else script
+
+
 def family(args: dict) -> str:
     """What the field calls it: a script may hold several methods."""
-    script, oracle = args["script"], args.get("oracle") is True
+    script, oracle = algorithm(args), args.get("oracle") is True
     if script == "mmaml_regression" and args.get("inner_steps") == 0:
         return "LSTM learner"
-    if args.get("modulation") == "none":
-        script = UNMODULATED.get(script, script)
     name = NAMES.get(script, script)
     return f"Multi-{name}" if oracle and name in ("MAML", "ProMP") else f"{name}, oracle" if oracle else name
 
@@ -238,16 +242,16 @@ def method_name(args: dict, settings: list[dict]) -> str:
 
 
 def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:
-    """Methods of one script have shades of its colour, and lines of their own."""
+    """Methods of one algorithm have shades of its colour, and lines of their own."""
     groups = defaultdict(list)
     for args, table in zip(settings, tables):
         groups[method_name(args, settings)].append((args, table))
-    others = sorted({args["script"] for args in settings} - COLOURS.keys())
+    others = sorted({algorithm(args) for args in settings} - COLOURS.keys())
     colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
     result, shade = [], defaultdict(itertools.count)
     for label, runs in groups.items():
         args = runs[0][0]
-        colour, n = np.array(to_rgb(colours[args["script"]])), next(shade[args["script"]])
+        colour, n = np.array(to_rgb(colours[algorithm(args)])), next(shade[algorithm(args)])
         colour = colour if n == 0 else colour * 0.7**n if n % 2 else 1 - (1 - colour) * 0.7**n  # darker, lighter, ...
         label = f"{label} ({len(runs)} seed{'s'[: len(runs) > 1]})".replace("$", r"\$")
         line = ("-", "--", "-.", ":")[n % 4]
