@@ -119,6 +119,13 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
+  campaign mmaml-quarter '40 minutes' 'MMAML, ProMP and Multi-ProMP on point-2m, a quarter of the published frames'
+  run point-2m__mmaml__0__quarter --tasks 20 --rollouts 10
+  run point-2m__mmaml__0__quarter-promp --tasks 20 --rollouts 10 --modulation none
+  run point-2m__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
+  figure point-2m
+  figure point-2m-mmaml point-2m__mmaml__0__quarter
+
   campaign mmaml-robots '9 hours' 'MMAML on the reacher with 4 modes, beside ProMP and Multi-ProMP, and on the ant, 90 iterations'
   run reacher-4m__mmaml__0
   run reacher-4m__mmaml__0__promp --modulation none
@@ -194,9 +201,11 @@ campaigns() {
   figure embeddings ml2__sop__0
   figure embeddings-early ml2__sop__0__early
 
-  campaign sparse-point '3.5 hours' 'MetaCURE, MILET, VariBAD, RL2 and PEARL on point-goal-sparse, 3 seeds each'
+  campaign sparse-point '5 hours' 'MetaCURE, MILET, VariBAD, RL2 and PEARL on point-goal-sparse, 3 seeds each, and two of them with 40 tasks'
   run point-goal-sparse__{metacure,milet,varibad,rl2,pearl}__{0,1,2}
-  figure point-goal-sparse
+  run point-goal-sparse__metacure__{0,1}__40-tasks --train-tasks 40 --initial-trials 20
+  run point-goal-sparse__pearl__{0,1}__40-tasks --train-tasks 40 --initial-steps 704
+  figure point-goal-sparse point-goal-sparse__{rl2,varibad,milet,metacure,pearl}__{0,1,2}
 
   campaign metacure '2 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
   run cheetah-vel-sparse__metacure__0 --iterations 30

@@ -337,8 +337,9 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
         row_axes[0].set_ylim(shown.min() - margin, shown.max() + margin)
         row_axes[0].set_ylabel("return on held-out tasks")
         for axis, (title, columns) in zip(row_axes, row.items()):
+            usual = max(columns, key=columns.count)
             for method, column in zip(compared, columns):
-                draw_method(axis, method, column, len(set(columns)) > 1, x)
+                draw_method(axis, method, column, column != usual or len(set(columns)) == len(columns) > 1, x)
             for action, level in levels.items():
                 name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
                 label = f"{name}: {round(level)}" if len(rows) == 1 else name  # every row has its own level
@@ -350,14 +351,15 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
     figure.legend(entries.values(), entries.keys(), fontsize=7, **place)
     for axis in axes[-1]:
         axis.set_xlabel("environment frames" if x == "frames" else x)
-        axis.xaxis.set_major_formatter(EngFormatter())  # 2 M
     if max(budgets) >= 10 * min(budgets) > 0:
         axes[0][0].set_xscale("log", nonpositive="mask")
+    for axis in axes[-1]:
+        axis.xaxis.set_major_formatter(EngFormatter())  # 2 M
     return figure
 
 
-def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool = False, x: str = "frames") -> None:
-    """Mean and seeds of a column; aligned: the panel shows other episodes of other methods."""
+def draw_method(axis: plt.Axes, method: Method, column: str, named: bool = False, x: str = "frames") -> None:
+    """Mean and seeds of a column; named: the legend says which, for the panel shows others of other methods."""
     tables = [table for table in method.tables if column in table]
     if not tables:
         return
@@ -366,7 +368,7 @@ def draw_method(axis: plt.Axes, method: Method, column: str, aligned: bool = Fal
     done = np.mean([table[X_COLUMN[x]][rows] for table, rows in zip(tables, kept)], axis=0)
     values = np.stack([table[column][rows] for table, rows in zip(tables, kept)])  # [seed, n]
     kind, k, _ = RETURN.fullmatch(column).groups()
-    label = f"{method.label}, {title_of(column)}" if aligned else method.label
+    label = f"{method.label}, {title_of(column)}" if named else method.label
     if kind == "episode" and int(k) <= (method.args.get("eval_prior_episodes") or 0):
         label += ", z of the prior"  # not adapted within the episode, as others are
     if len(tables) >= 5:

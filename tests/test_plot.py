@@ -196,8 +196,8 @@ def test_other_numbers_of_episodes_share_the_first_and_the_last(tmp_path, drawn)
     first, last = drawn["learning_curve.png"].axes
     labels = [[label for label in axis.get_legend_handles_labels()[1] if "seed" in label] for axis in (first, last)]
     assert labels[0] == [
-        "MILET (1 seed), episode 1", "MAML (1 seed), before a gradient step",
-        "PEARL (1 seed), episode 1, z of the prior",
+        "MILET (1 seed)", "MAML (1 seed), before a gradient step",
+        "PEARL (1 seed), z of the prior",
     ]  # fmt: skip
     assert labels[1] == [
         "MILET (1 seed), episode 2", "MAML (1 seed), after 2 gradient steps", "PEARL (1 seed), episode 4",

@@ -113,7 +113,7 @@ def test_every_script_has_a_short_run():
 
 
 @pytest.mark.parametrize("script", QUICK)
-def test_smoke_kill_resume_evaluate(script, tmp_path, capsys):
+def test_smoke_kill_resume_evaluate(script, tmp_path, capsys, monkeypatch):
     flags = [*QUICK[script].split(), *EVERY]
     main(*flags, "--run-dir", tmp_path / "whole", script=script)
     whole = only_run(tmp_path / "whole")
@@ -143,7 +143,12 @@ def test_smoke_kill_resume_evaluate(script, tmp_path, capsys):
 
     (whole / "checkpoint.pt").unlink()  # args.json and agent.pt are enough
     capsys.readouterr()
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     main("--evaluate", whole, script=script)
+    monkeypatch.undo()
+    assert threads[1:] == [1, 2] * (len(threads) // 2), "who samples gives torch its threads back"
     shown = dict(re.findall(r"^(eval/\S+) (\S+)$", capsys.readouterr().out, re.M))  # two decimals; the CSV six digits
     for key in pooled:
         assert float(shown[key]) == pytest.approx(float(evaluations[-1][key]), abs=0.0051, rel=1e-5)
