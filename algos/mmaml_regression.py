@@ -27,7 +27,7 @@ Deviations from the paper (P) or C
      though P gives both one network; here as C (--bias-dim 0).
   D4 Multi-MAML in C is one run: one clip of all gradients, and t not adapted. Here M learners, each with the mean loss
      of its tasks and a clip of its own.
-  D5 C clamps the entries of the inner gradient to [-10, 10], in MMAML alone; P is silent. Here as C (--inner-clip 0).
+  D5 C clamps the entries of the inner gradient to [-10, 10], in MMAML alone; P is silent. Here as C (--inner-clip).
   D6 C's LSTM learner takes an inner step of size 0; here no step.
   D7 C evaluates on batches of the training distribution; here on 1000 fixed tasks of every family, with fixed points.
 
@@ -93,7 +93,7 @@ class Args:
     shots: int = 5  # K, support points
     inner_steps: int = 5  # n, gradient steps of the adaptation in training (0: the LSTM learner, D6)
     alpha: float = 0.001  # α, inner step size
-    inner_clip: float = 10.0  # with a modulation network: largest entry of an inner gradient (0: no limit, D5)
+    inner_clip: float | None = None  # largest entry of an inner gradient (0: no limit; default: 10 if modulated, D5)
     low_rank: bool = True  # keep adapted weights in low rank, which is faster (else a copy of θ for every task)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
 
@@ -121,7 +121,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         f"--modulated-layers must be at most {len(args.hidden)}": layers <= len(args.hidden),
         "--shots must be less than --horizon": args.shots < args.horizon,
         "--alpha, --lr and --outer-clip must be positive": min(args.alpha, args.lr, args.outer_clip) > 0,
-        "--inner-clip must be at least 0": args.inner_clip >= 0,
+        "--inner-clip must be at least 0": (args.inner_clip or 0) >= 0,
     }
 
 
@@ -289,7 +289,8 @@ class PerTask(NamedTuple):
 
 def inner_clip(args: Args) -> float:
     """Largest entry of an inner gradient (D5)."""
-    return args.inner_clip if args.inner_clip > 0 and args.modulation != "none" else math.inf
+    default = math.inf if args.modulation == "none" else 10.0
+    return default if args.inner_clip is None else args.inner_clip or math.inf
 
 
 def predict(theta: "PerTask | LowRank", x: Tensor, tau: list[Tensor], args: Args) -> tuple[Tensor, list]:

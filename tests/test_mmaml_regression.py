@@ -220,7 +220,7 @@ def one_task(agent: nn.ModuleDict, support: reg.Pairs, query: reg.Pairs, args: r
     for _ in range(args.inner_steps):
         loss = ((f(theta, support.x[0]) - support.y[0]) ** 2).mean()
         gradients = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
-        if args.inner_clip > 0 and args.modulation != "none":
+        if args.inner_clip:
             gradients = [g.clip(-args.inner_clip, args.inner_clip) for g in gradients]
         theta = {k: p - args.alpha * g for (k, p), g in zip(theta.items(), gradients)}
     return theta, ((f(theta, query.x[0]) - query.y[0]) ** 2).mean()
@@ -256,6 +256,14 @@ def test_the_clamp_of_the_case_above_meets_some_layers_and_all(double):
         theta = reg.adapt(agent["theta"][0], reg.modulation_of(agent, support)[1], support, 3, args)[-1]
         met[inner_clip] = [len(excess) > 0 for _, _, excess in theta.changes]
     assert met[0.0] == [False] * 3 and sum(met[0.2]) in (1, 2) and met[0.02] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "flags, limit",
+    [("", 10), ("--modulation none", np.inf), ("--modulation none --inner-clip 3", 3), ("--inner-clip 0", np.inf)],
+)
+def test_without_a_flag_only_the_modulated_network_is_clamped(flags, limit):
+    assert reg.inner_clip(reg.parse_args(flags.split())) == limit
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
