@@ -140,7 +140,7 @@ campaigns() {
   done
   run functions-{2m,3m,5m}__mmaml_regression__0__lstm --inner-steps 0
   run functions-{2m,3m,5m}__mmaml_regression__0__maml --modulation none
-  run functions-{2m,3m,5m}__mmaml_regression__0__multi --modulation none --oracle
+  run functions-{2m,3m,5m}__mmaml_regression__0__multi --modulation none --oracle --inner-clip 10 # without, it overflows
   for env in functions-{2m,3m,5m}; do
     figure "$env"
     figure "$env"-film "$env"__mmaml_regression__0
