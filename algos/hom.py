@@ -494,7 +494,7 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     weight = kept / steps  # of a step in E
     mean = (weight * batch.reward).sum((1, 2), keepdim=True) / weight.sum((1, 2), keepdim=True) if args.centre else 0.0
     reward = (batch.reward - mean) * batch.taken
-    r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * kept / steps  # D14
+    r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
     if args.embedding == "state-next-state":
         v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # the next row is another episode's where r is 0
         return [(v, torch.ones_like(v[..., :1]))], r.flatten(1)  # Eq. (9)

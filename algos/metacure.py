@@ -368,7 +368,8 @@ class Replay:
     def sample(self, which: Tensor, n: int, rng: torch.Generator) -> Tensor:
         """n rows of each of `which`, with replacement: [len(which), n, *shape]."""
         uniform = torch.rand(len(which), n, generator=rng, dtype=torch.float64)
-        return torch.stack([rows[(u * len(rows)).long()] for rows, u in zip([self.rows[i] for i in which], uniform)])
+        mine = [self.rows[i] for i in which.tolist()]
+        return torch.stack([rows[(u * len(rows)).long()] for rows, u in zip(mine, uniform)])
 
     def state_dict(self) -> dict:
         return dict(rows=self.rows)
