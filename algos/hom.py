@@ -22,7 +22,8 @@ Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6
       in each task. D2 After the last step the value is 0. D3 J_iᵀ F_i J_i is exact, as G's. D4 G fills K H steps a
       task; here K episodes, nothing after a fall, nor the step in which a simulation diverges. D5 σ ≥ 1e-6. D6 A larger
       ridge if Cholesky fails. D8 --mask-pad-actions, D12 --kl-slack: off. D9 α / 2 at test after n steps.
-  D10 P is silent on meta-batches; here the members share one, in equal parts, drawn from the N training tasks.
+  D7  G's outer loss is -E[A ln π], in its line search too; here Eq. (3), whose gradient at θ is the same.
+  D10 P is silent on meta-batches; here members share one, in equal parts, drawn from the N tasks with replacement.
   D11 P is silent on linkage, K, N, how members start; here Ward's, 2, 200, anew, after 10 iterations of the probe.
   D13 P embeds test tasks by one trajectory (Alg. 2) or two (Sec. 5); here all by 2, at test out of K.
   D14 P divides r by max r, undefined at 0, of wrong sign below; here by max |r| of the task (--centre: less its mean).
@@ -634,7 +635,7 @@ def train(args: Args, run: "Run") -> None:
         stats = []
         for m in np.unique(learner):  # Alg. 3, l. 10: every learner takes a step on its own tasks
             mine = [batch.of(learner == m) for batch in data]
-            theta[m], stat = trpo_step(policy, theta[m], mine, args.alpha, args)
+            theta[m], stat = trpo_step(policy, theta[m], mine, args.alpha, args)  # D7
             stats.append(stat)
             frames[f"frames/member_{m}" if m else "frames/probe"] = sum(int(batch.taken.sum()) for batch in mine)
         run.frames += sum(frames.values())

@@ -111,7 +111,7 @@ class Args:
     backtracks: int = 15  # candidate steps, each 0.8 of the one before
 
 
-PAPER: dict[str, dict] = {}  # Args has the settings of ProMP's maml_run_mujoco and of CML, for all environments
+PAPER: dict[str, dict] = {}  # Args: ProMP's maml_run_mujoco, and CML's, but for iterations and damping (D3)
 FAST: dict[str, dict] = {}  # these learn within an hour
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 

@@ -4,8 +4,8 @@ Official code: github.com/zdchu/MiLEt. Written from the paper; the numbered devi
 
 Objective    max over θ, ω:  E[ Σ_t ELBO_t - λ_I L_I - λ_P L_P ]                                               Eq. (8)
              ELBO_t = E_q[ln p_ω(τ+|z)] - E_q(c)[KL(q_θ(z|c,τ:t) ‖ p_ω(z|c))] - KL(q_θ(c|τ:t) ‖ p(c))          Eq. (4)
-Algorithm 1  l. 3-4 sample tasks, collect -> run_trial       l. 5    insert into V -> TrialBuffer.add
-             l. 6   r_h and r_c -> exploration_bonus         l. 7-8  train πψ and πφ by PPO -> ppo_update
+Algorithm 1  l. 3-4 sample tasks, collect -> train, run_trial  l. 5    insert into V -> TrialBuffer.add
+             l. 6   r_h and r_c -> exploration_bonus           l. 7-8  train πψ and πφ by PPO -> ppo_update
              l. 9-10 update θ, ω on a batch of V -> vae_update, elbo_loss
 Algorithm 2  a trial on given tasks -> run_trial (at meta-test, evaluate calls it with test=True)
 
@@ -35,6 +35,7 @@ Deviations from the paper (P) or the official code (C)
       is 1 only where nobody acts (unless --keep-terminal), so that its weight would never learn, and V(s_H) needs it.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t, so never s_0, and t drawn at random.
+  D14 Of an episode that pays all alike, C's normalised advantages are V's errors alone; here only V learns from it.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -262.
@@ -516,7 +517,7 @@ def ppo_update(
         policy.stats.update(obs[:-1, :, :-1])  # D11
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
-    size, diagnostics = reward.numel() // args.minibatches, []
+    size, paid, diagnostics = reward.numel() // args.minibatches, bool(reward.min() < reward.max()), []  # D14
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
             state, task, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
@@ -529,11 +530,10 @@ def ppo_update(
             critic_loss = 0.5 * torch.maximum(huber(value), huber(clipped_value)).mean()
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
-            (policy_loss + args.value_coef * critic_loss - entropy_coef * entropy).backward()
+            (policy_loss + args.value_coef * critic_loss - entropy_coef * entropy if paid else critic_loss).backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            clip_fraction = ((ratio - 1).abs() > args.clip).float().mean()
+            approx_kl, clip_fraction = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > args.clip).float().mean()
             diagnostics.append(torch.stack([policy_loss, critic_loss, entropy, approx_kl, clip_fraction]).detach())
     names = "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"
     return dict(zip(names, torch.stack(diagnostics).mean(0).tolist()), explained_variance=explained_variance.item())

@@ -35,7 +35,7 @@ Deviations from the paper (P) or the official code (C)
   D10 C draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
   D11 MMAML's Multi-ProMP is a run on one mode; here (--oracle) every learner has its share of the meta-batch.
 
-Tested       python algos/promp.py --env cheetah-dir --iterations 100 --num-threads 1   (16 million frames, 12 and 14
+Tested       python algos/promp.py --env cheetah-dir --iterations 100 --num-threads 1   (16 million frames, 14 and 12
              minutes on one core of an AMD EPYC, two seeds): return after one gradient step 168 and 174 at
              meta-iteration 50, 235 and 252 at 100; before it -3 and -2. MAML's at 100: 170 and 160.
 """
@@ -111,7 +111,8 @@ class Args:
 
 # C's all_envs_eval: of its own random parameters, here for MILET's
 RANDOM_PARAMETERS = dict(horizon=200, alpha=0.05, updates=3, eta=1e-3, adapt_eta=True)
-PAPER = {"hopper-params-4c": RANDOM_PARAMETERS, "walker-params-4c": RANDOM_PARAMETERS, "walker-dir": dict(horizon=200)}
+PAPER = dict.fromkeys(("hopper-params-4c", "walker-params-4c"), RANDOM_PARAMETERS)  # iterations are ours: Args
+PAPER |= {"ant-dir": dict(horizon=200), "walker-dir": dict(horizon=200)}
 FAST: dict[str, dict] = {}  # these learn within an hour
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 

@@ -429,8 +429,7 @@ def ppo_update(
             nn.utils.clip_grad_norm_(encoder.parameters(), args.encoder_clip)
             for optimizer in adam.values():
                 optimizer.step()
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            clip_fraction = ((ratio - 1).abs() > args.clip).float().mean()
+            approx_kl, clip_fraction = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > args.clip).float().mean()
             diagnostics.append(torch.stack([policy_loss, critic_loss, entropy, approx_kl, clip_fraction]).detach())
     names = "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"
     return dict(zip(names, torch.stack(diagnostics).mean(0).tolist()), explained_variance=explained_variance.item())

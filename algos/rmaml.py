@@ -614,7 +614,7 @@ def train(args: Args, run: "Run") -> None:
         rng = np.random.default_rng(random_seed(run.rng))
         fresh = env.unwrapped.sample_tasks(args.tasks - len(chosen), rng)
         old = envs.Tasks(*(buffer[name][chosen].numpy() for name in ("params", "cluster")))
-        tasks = envs.Tasks(np.concatenate([old.params, fresh.params]), np.concatenate([old.cluster, fresh.cluster]))
+        tasks = old + fresh
 
         # l. 7-11: sample D_k, adapt to it, n times; then sample D_n
         with run.timer("sample"):

@@ -72,6 +72,9 @@ class AntGoalU(AntGoal4C):
     def draw(self, cluster, rng):
         return 2 * circle(rng.uniform(0, 2, len(cluster)))
 
+    def nearest_cluster(self, params):
+        return np.zeros(len(params), int)
+
 
 class AntDir(Ant, DirectionRunner):
     """`ant-dir`: forward or backward.

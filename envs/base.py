@@ -9,6 +9,7 @@ that has terminated, diverged or run out of time is frozen (no physics, reward 0
 names it. `ids`, wherever it is an argument, is an index of rows.
 """
 
+import operator
 import os
 import warnings
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ DIVERGED = [int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{name}")) for name in ("Q
 ASSETS = os.path.join(os.path.dirname(gym.__file__), "envs", "mujoco", "assets")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tasks:
     """A batch of n tasks.
 
@@ -41,8 +42,17 @@ class Tasks:
 
     def __getitem__(self, index) -> "Tasks":
         """The tasks that a slice, an index array or a boolean mask selects (an integer gives a batch of one)."""
-        index = np.atleast_1d(index) if np.isscalar(index) else index
+        index = index if isinstance(index, slice) else np.atleast_1d(index)
         return Tasks(self.params[index], self.cluster[index])
+
+    def __add__(self, other: "Tasks") -> "Tasks":
+        """Both batches, one after the other."""
+        return Tasks(np.concatenate([self.params, other.params]), np.concatenate([self.cluster, other.cluster]))
+
+    def __eq__(self, other) -> bool:
+        """Whether all tasks are the same, in the same order."""
+        same = isinstance(other, Tasks) and np.array_equal(self.params, other.params)
+        return same and np.array_equal(self.cluster, other.cluster)
 
 
 class LegacyRandom(np.random.RandomState):
@@ -86,7 +96,7 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     ):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.horizon = self.horizon if horizon is None else horizon
+        self.horizon = operator.index(self.horizon if horizon is None else horizon)
         if self.horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
         self.metadata = self.metadata | {"render_fps": round(1 / self.dt)}
@@ -97,7 +107,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (self.action_dim,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.tasks = Tasks(np.zeros((num_envs, self.task_dim)), np.full(num_envs, -1))
+        self.tasks = Tasks(np.zeros((num_envs, self.task_dim)), np.zeros(num_envs, int))
+        self.has_task = np.zeros(num_envs, bool)  # [env]
         self.rngs: list[np.random.Generator] = []
         self.elapsed = np.full(num_envs, self.horizon)  # [env] steps taken in this episode
         self.fell = np.zeros(num_envs, bool)  # [env] ended by termination
@@ -108,9 +119,9 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> Tasks:
         """n fresh training tasks; their clusters are balanced, starting from a random one."""
-        cycle = self.cluster_cycle("train")
-        cluster = np.resize(np.roll(cycle, -rng.integers(len(cycle))), n)
-        return Tasks(self.draw(cluster, rng), cluster)
+        cycle = np.array(self.cluster_cycle("train"))
+        first = rng.integers(len(cycle))
+        return self._drawn(cycle[(first + np.arange(n)) % len(cycle)], rng)
 
     def task_set(self, split: str) -> Tasks:
         """The fixed "train" (500) or "test" (num_test_tasks) tasks, the same for every seed, clusters in turn.
@@ -120,10 +131,14 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         """
         if split not in ("train", "test"):
             raise ValueError(f"task_set takes 'train' or 'test', got {split!r}")
-        sizes = {"train": 500, "test": self.num_test_tasks}
-        cluster = np.concatenate([np.resize(self.cluster_cycle(s), n) for s, n in sizes.items()])
-        tasks = Tasks(self.draw(cluster, LegacyRandom(123)), cluster)
+        train = np.resize(self.cluster_cycle("train"), 500)
+        test = np.resize(self.cluster_cycle("test"), self.num_test_tasks)
+        tasks = self._drawn(np.concatenate([train, test]), LegacyRandom(123))
         return tasks[:500] if split == "train" else tasks[500:]
+
+    def _drawn(self, cluster: np.ndarray, rng: np.random.Generator) -> Tasks:
+        """A task of each of these clusters [n]."""
+        return Tasks(self._checked("draw", self.draw(cluster, rng), len(cluster), self.task_dim), cluster)
 
     def nearest_cluster(self, params: np.ndarray) -> np.ndarray:
         if self.num_clusters > 1:
@@ -160,9 +175,13 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         if seed is not None or not self.rngs:  # the first reset seeds all copies, later ones those of the mask
             first = self.np_random_seed if seed is None else seed
             streams = [seeding.np_random(first + i)[0] for i in range(self.num_envs)]
-            self.rngs = streams if not self.rngs else [s if m else r for s, m, r in zip(streams, mask, self.rngs)]
+            self.rngs = self.rngs or streams
+            for i in ids:
+                self.rngs[i] = streams[i]
 
         tasks = options.get("tasks")
+        if not isinstance(tasks, Tasks | None):
+            raise TypeError(f"options['tasks'] must be envs.Tasks, got {type(tasks).__name__}")
         shapes = (self.num_envs, self.task_dim), (self.num_envs,)
         if tasks is not None and (np.shape(tasks.params), np.shape(tasks.cluster)) != shapes:
             raise ValueError(f"options['tasks'] needs params of shape {shapes[0]} and cluster of shape {shapes[1]}")
@@ -170,15 +189,16 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         for i in ids:
             if tasks is not None:
                 params[i], cluster[i] = tasks.params[i], tasks.cluster[i]
-            elif seed is not None or cluster[i] < 0:  # none yet
+            elif seed is not None or not self.has_task[i]:
                 drawn = self.sample_tasks(1, self.rngs[i])
                 params[i], cluster[i] = drawn.params[0], drawn.cluster[0]
         self.tasks = Tasks(params, cluster)
+        self.has_task[ids] = True
         self.apply_tasks(ids)
         self.reset_state(ids)
         self.elapsed[mask] = 0
         self.fell[mask] = self.broke[mask] = self.done[mask] = False
-        return self._checked("observation", self.observation(), self.obs_dim).astype(np.float32), {}
+        return self._checked("observation", self.observation(), self.num_envs, self.obs_dim).astype(np.float32), {}
 
     def step(self, action):
         """One control step of every copy that is not frozen.
@@ -199,22 +219,24 @@ class TaskVectorEnv(gym.vector.VectorEnv):
         alive = ~self.done
         self.advance(slice(None) if alive.all() else np.flatnonzero(alive), action)
         self.elapsed[alive] += 1
-        self.broke |= alive & self.diverged()
-        self.fell |= alive & ~self.broke & self.terminated()
-        reward = np.where(alive & ~self.broke, self._checked("reward", self.reward(action)), 0.0)
+        broke = alive & self.diverged()  # no fall, whatever the state is then
+        paid = alive & ~broke
+        self.broke |= broke
+        self.fell |= paid & self.terminated()
+        reward = np.where(paid, self._checked("reward", self.reward(action), self.num_envs), 0.0)
         if not np.isfinite(reward).all():
             raise FloatingPointError(f"{type(self).__name__}.reward gave NaN or infinity")
         truncated = (self.broke | (self.elapsed >= self.horizon)) & ~self.fell
         self.done = self.fell | truncated
         info = {"diverged": self.broke.copy()}
-        obs = self._checked("observation", self.observation(), self.obs_dim).astype(np.float32)
+        obs = self._checked("observation", self.observation(), self.num_envs, self.obs_dim).astype(np.float32)
         return obs, reward, self.fell.copy(), truncated, info
 
-    def _checked(self, method: str, array: np.ndarray, *dims: int) -> np.ndarray:
-        """What a definition's method gave, if it has a row for every copy."""
-        if array.shape != (self.num_envs, *dims):
+    def _checked(self, method: str, array: np.ndarray, *shape: int) -> np.ndarray:
+        """What a definition's method gave, if it has this shape: nothing may be broadcast unseen."""
+        if np.shape(array) != shape:
             name = f"{type(self).__name__}.{method}"
-            raise ValueError(f"{name} gave an array of shape {array.shape}, expected {(self.num_envs, *dims)}")
+            raise ValueError(f"{name} gave an array of shape {np.shape(array)}, expected {shape}")
         return array
 
     def close_extras(self, **kwargs) -> None:
@@ -281,12 +303,16 @@ class MujocoVectorEnv(TaskVectorEnv):
         self.qpos, self.qvel, self.ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self.renderer = None
 
+    def build_spec(self) -> mujoco.MjSpec:
+        """The robot."""
+        return mujoco.MjSpec.from_file(os.path.join(ASSETS, self.xml))
+
     def build_model(self) -> mujoco.MjModel:
-        spec = mujoco.MjSpec.from_file(os.path.join(ASSETS, self.xml))
+        spec = self.build_spec()
         if self.timestep is not None:
             spec.option.timestep = self.timestep
         if self.contact_forces:
-            spec.body("torso").add_site(name="contact")
+            spec.worldbody.first_body().add_site(name="contact")
             spec.add_sensor(
                 type=mujoco.mjtSensor.mjSENS_FORCE, objtype=mujoco.mjtObj.mjOBJ_SITE, objname="contact", name="contact"
             )
@@ -344,8 +370,8 @@ class MujocoVectorEnv(TaskVectorEnv):
 
 def put_back(fresh, saved):
     """An attribute of a copied environment: arrays that show the simulator's memory are written, others replaced."""
-    if isinstance(fresh, np.ndarray) and not fresh.flags.owndata:
-        if fresh.flags.writeable:  # else it only shows what the simulator derives
+    if isinstance(fresh, np.ndarray) and not fresh.flags.owndata:  # it shows the simulator's memory
+        if fresh.flags.writeable:  # a state; else derived from one
             fresh[...] = saved
         return fresh
     if isinstance(fresh, list) and len(fresh) == len(saved):
@@ -359,7 +385,7 @@ class SingleEnv(gym.Env):
     metadata = TaskVectorEnv.metadata
 
     def __init__(self, env_id: str, render_mode: str | None = None, **kwargs):
-        self.vector = gym.make_vec(env_id, render_mode=render_mode, **kwargs).unwrapped
+        self.vector = gym.make_vec(env_id, num_envs=1, render_mode=render_mode, **kwargs).unwrapped
         self.metadata, self.render_mode = self.vector.metadata, render_mode
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space

@@ -24,9 +24,8 @@ class MixedVectorEnv(TaskVectorEnv):
 
     def rows(self, ids: slice | np.ndarray = slice(None)):
         """Every part, with those of the copies `ids` that are its robot."""
-        ids = np.arange(self.num_envs)[ids]
-        robot = self.tasks.params[ids, 0]
-        return [(part, ids[robot == r]) for r, part in enumerate(self.parts)]
+        ids, robot = np.arange(self.num_envs)[ids], self.tasks.params[:, 0]
+        return [(part, ids[robot[ids] == r]) for r, part in enumerate(self.parts)]
 
     def draw(self, cluster, rng):
         params = np.zeros((len(cluster), self.task_dim))
@@ -44,6 +43,8 @@ class MixedVectorEnv(TaskVectorEnv):
         return np.arange(self.action_dim) < sizes[:, None]
 
     def apply_tasks(self, ids):
+        if not np.isin(self.tasks.params[ids, 0], range(len(self.parts))).all():
+            raise ValueError(f"the first parameter of a task is its robot, 0 to {len(self.parts) - 1}")
         for part, mine in self.rows(ids):
             part.tasks = Tasks(self.tasks.params[:, 1 : 1 + part.task_dim], self.tasks.cluster)
             part.apply_tasks(mine)
@@ -82,8 +83,8 @@ class MixedVectorEnv(TaskVectorEnv):
         return broke
 
     def render(self):
-        frames = np.stack([part.render() for part in self.parts])  # [part, num_envs, height, width, 3]
-        return tuple(frames[self.tasks.params[:, 0].astype(int), np.arange(self.num_envs)])
+        frames = [part.render() for part in self.parts]
+        return tuple(frames[int(robot)][i] for i, robot in enumerate(self.tasks.params[:, 0]))
 
     def close_extras(self, **kwargs):
         for part in self.parts:

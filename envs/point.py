@@ -65,6 +65,9 @@ class PointGoalSparse(PointGoal4C):
     def draw(self, cluster, rng):
         return circle(rng.uniform(0, 1, len(cluster)))
 
+    def nearest_cluster(self, params):
+        return np.zeros(len(params), int)
+
     def reward(self, action):
         distance = np.linalg.norm(self.position - self.tasks.params, axis=1)
         return np.where(distance <= 0.3, 1 - distance, 0)

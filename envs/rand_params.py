@@ -27,7 +27,8 @@ class RandParams4C(Runner):
 
     def draw(self, cluster, rng):
         draws = rng.normal(*self.multiplier, (len(cluster), self.task_dim))
-        return np.where(self.set_index() == cluster[:, None], np.where(draws < 0, 0.1, draws), 1.0)
+        draws[draws < 0] = 0.1
+        return np.where(self.set_index() == cluster[:, None], draws, 1.0)
 
     def set_index(self) -> np.ndarray:
         """[task_dim], which parameter set each multiplier belongs to."""

@@ -23,7 +23,7 @@ class Reacher(Modes, MujocoVectorEnv):
         super().__init__(*args, **kwargs)
         self.fingertip = self.batch.bind("xpos")[:, self.model.body("fingertip").id]
 
-    def build_model(self):
+    def build_spec(self):
         spec = mujoco.MjSpec()
         spec.compiler.degree = False
         spec.option.timestep, spec.option.integrator = 0.01, mujoco.mjtIntegrator.mjINT_RK4
@@ -45,7 +45,7 @@ class Reacher(Modes, MujocoVectorEnv):
             motor.gear[0] = 200
         tip = body.add_body(name="fingertip", pos=[0.11, 0, 0])
         tip.add_geom(type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[0.01, 0, 0], **ghost)
-        return spec.compile()
+        return spec
 
     def start_state(self, rng):
         return rng.uniform(-0.1, 0.1, 3), rng.uniform(-0.005, 0.005, 3)

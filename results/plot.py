@@ -288,7 +288,7 @@ def scripted_return(args: dict, action: str) -> np.ndarray | None:
     if action == "oracle" and not hasattr(env, "oracle_action"):
         return None
     total = np.zeros(len(tasks))
-    for seed in range(3):
+    for seed in (0, 1000, 2000):  # neighbouring seeds share almost all random streams
         env.reset(seed=seed, options={"tasks": tasks})
         for _ in range(env.horizon):
             move = env.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)

@@ -17,7 +17,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 import envs
 from envs.ant import Ant, AntGoal4C
-from envs.base import LegacyRandom
+from envs.base import ASSETS, LegacyRandom, MujocoVectorEnv
 from envs.half_cheetah import CheetahVel
 from envs.point import PointGoal4C
 from envs.rand_params import PARAMETER_SETS
@@ -57,6 +57,24 @@ def make(env_id, n=4, **kwargs):
     env = gym.make_vec(env_id, num_envs=n, **kwargs)
     env.reset(seed=0)
     return env.unwrapped
+
+
+class PlainReacher(MujocoVectorEnv):
+    """Gymnasium's arm, which has no body of the name torso."""
+
+    frame_skip, dt, obs_dim, action_dim, task_dim, contact_forces = 2, 0.02, 4, 2, 1, True
+
+    def draw(self, cluster, rng):
+        return np.zeros((len(cluster), 1))
+
+    def start_state(self, rng):
+        return np.zeros(4), np.zeros(4)
+
+    def observation(self):
+        return self.qpos
+
+    def reward(self, action):
+        return np.zeros(self.num_envs)
 
 
 def actions(env, steps=20, seed=1):
@@ -250,6 +268,27 @@ def test_tasks_persist_without_a_seed_and_are_redrawn_with_one():
     np.testing.assert_array_equal(env.tasks.params, first)
     env.reset(seed=9)
     assert (env.tasks.params != first).any()
+    unknown = envs.Tasks(env.tasks.params, np.full(4, -1))  # a user's goals, of no known cluster
+    env.reset(options={"tasks": unknown})
+    env.reset()
+    assert env.tasks == unknown
+
+
+def test_batches_of_tasks():
+    env = make("ant-goal-4c")
+    test, train = env.task_set("test"), env.task_set("train")
+    assert test == env.task_set("test") and test != train and test != test[::-1]
+    assert test != envs.Tasks(test.params, test.cluster + 1) and test != 3
+    assert test[:5] + test[5:] == test and len(test + train) == 532
+    for one in (3, np.int64(3), np.array(3), [3], np.arange(32) == 3):
+        assert test[one] == test[3:4]
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_guesses_are_clusters(env_id):
+    env = make(env_id)
+    guess = env.nearest_cluster(env.task_set("test").params)
+    assert guess.min() >= 0 and guess.max() < env.num_clusters and guess.dtype == int
 
 
 def test_clear_errors():
@@ -267,6 +306,8 @@ def test_clear_errors():
             env.reset(options={"reset_mask": mask})
     with pytest.raises(ValueError, match=r"params of shape \(4, 2\)"):
         env.reset(options={"tasks": env.task_set("test")})
+    with pytest.raises(TypeError, match=r"must be envs\.Tasks, got ndarray"):
+        env.reset(options={"tasks": np.zeros((4, 2))})
     with pytest.raises(ValueError, match="unknown reset options"):
         env.reset(options={"task": None})
     with pytest.raises(ValueError, match="'train' or 'test'"):
@@ -275,6 +316,14 @@ def test_clear_errors():
         gym.make_vec("ant-goal-4d")
     with pytest.raises(gym.error.ResetNeeded):
         gym.make_vec("ant-goal-4c").step(np.zeros((1, 8)))
+    for horizon in (2.5, "5"):
+        with pytest.raises(TypeError, match="integer"):
+            gym.make_vec("point-goal-4c", horizon=horizon)
+    with pytest.raises(TypeError, match="num_envs"):
+        gym.make("point-goal-4c", num_envs=3)
+    for robot in (2, 0.5, -1):
+        with pytest.raises(ValueError, match="robot, 0 to 1"):
+            make("ml2").reset(options={"tasks": envs.Tasks(np.full((4, 2), robot), np.zeros(4, int))})
 
 
 # -- what Gymnasium expects --------------------------------------------------------------------------------------------
@@ -325,6 +374,7 @@ def test_what_a_definition_does_wrong_is_named(monkeypatch):
         ("reward", lambda self, action: np.zeros((3, 3)), ValueError, r"PointGoal4C.reward .*, expected \(3,\)"),
         ("reward", lambda self, action: np.full(3, np.nan), FloatingPointError, "PointGoal4C.reward gave NaN"),
         ("observation", lambda self: np.zeros(3), ValueError, r"PointGoal4C.observation .* expected \(3, 2\)"),
+        ("draw", lambda self, c, rng: rng.normal(size=len(c)), ValueError, r"PointGoal4C.draw .* expected \(1, 2\)"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(point, method, wrong)
@@ -479,6 +529,22 @@ def test_stage_without_contact_forces(stage, lag):
         mujoco.mj_kinematics(env.model, data)
         assert (np.abs(xpos[1] - data.xpos).max() > 1e-4) == lag
     assert lag or (xpos[1] == data.xpos).all()
+
+
+@pytest.mark.parametrize("base, xml", [(AntGoal4C, "ant.xml"), (PlainReacher, "reacher.xml")])
+def test_a_robot_of_ones_own_keeps_its_contact_forces(base, xml):
+    class Heavier(base):
+        def build_spec(self):
+            spec = mujoco.MjSpec.from_file(os.path.join(ASSETS, xml))
+            spec.option.gravity[2] = -20
+            return spec
+
+    env = Heavier(num_envs=2)
+    forces = env.batch.bind("cfrc_ext")
+    env.reset(seed=0)
+    assert env.model.opt.gravity[2] == -20 and env.model.nsensor == 1
+    moving = [env.step(action) and np.abs(forces).max() for action in actions(env, 40)]
+    assert base is PlainReacher or max(moving) > 1
 
 
 def test_an_ant_of_another_frame_skip_without_contacts():

@@ -398,6 +398,18 @@ def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     torch.testing.assert_close(policy.stats.mean.float(), seen.mean((0, 1)), atol=1e-4, rtol=0)
 
 
+def test_where_nothing_is_paid_the_policy_stays():
+    """D14: normalised, the errors of V would be advantages of full size."""
+    args, episode = small_args(), make_episode()
+    for reward, stays in ((torch.zeros(10, 4), True), (torch.full((10, 4), 0.3), True), (torch.eye(10, 4), False)):
+        policy = milet.Policy(6, 2, args)
+        before = copy.deepcopy(policy)
+        milet.ppo_update(policy, torch.optim.Adam(policy.parameters(), 1e-3), episode, reward, 0.1, args)
+        same = [torch.equal(x, y) for x, y in zip(policy.actor.parameters(), before.actor.parameters())]
+        assert all(same) == torch.equal(policy.log_std, before.log_std) == stays
+        assert not torch.equal(policy.critic[0].weight, before.critic[0].weight)
+
+
 def test_ppo_against_literal_steps():
     """Three full-batch steps by plain gradient descent, large enough that the ratio leaves the clip on both sides."""
     args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8)

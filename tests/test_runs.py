@@ -53,7 +53,7 @@ QUICK = {  # a short run of eight meta-iterations; MILET's buffer is full after 
     "--initial-steps 20 --visits 2 --trials 2 --prior-steps 20 --posterior-steps 40 --gradient-steps 3 --batch 16 "
     "--meta-batch 4 --hidden 16 16 --id-hidden 16 --encoder-hidden 16",
 }
-EVERY = "--eval-every 1 --save-every 2 --num-threads 1".split()
+EVERY = "--eval-every 2 --save-every 2 --num-threads 1".split()
 CLOCK = ("charts/sps", "time/")
 CHEAP = "--env point-goal-4c --iterations 3 --tasks 4 --rollouts 2 --horizon 5 --num-threads 1".split()
 
@@ -80,12 +80,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> Path:
     """The run folder, folder or the one in it, when its eval.csv has so many rows."""
-    for _ in range(2400):
+    for _ in range(12000):
         files = [*folder.glob("eval.csv"), *folder.glob("*/eval.csv")]
         if files and len(rows(files[0])) >= count:
             return files[0].parent
         assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.05)
+        time.sleep(0.01)
     raise AssertionError("the run does not come forward")
 
 
@@ -120,14 +120,14 @@ def test_smoke_kill_resume_evaluate(script, tmp_path, capsys, monkeypatch):
     files = {"args.json", "metrics.csv", "eval.csv", "eval.npz", "checkpoint.pt", "agent.pt"}
     assert files <= {p.name for p in whole.iterdir()} and list(whole.glob("events.out.tfevents*"))
     evaluations, metrics = rows(whole / "eval.csv"), rows(whole / "metrics.csv")
-    assert [int(r["iteration"]) for r in evaluations] == list(range(9))
+    assert [int(r["iteration"]) for r in evaluations] == [0, 2, 4, 6, 8]
     assert [int(r["iteration"]) for r in metrics] == list(range(1, 9))[-len(metrics) :] and len(metrics) > 6
     assert {"charts/frames", "charts/sps", "time/sample", "time/update"} <= set(metrics[0])
     pooled = [k for k in evaluations[0] if k.startswith("eval/return_") and "_cluster_" not in k]
     assert len(pooled) >= 2 and f"{pooled[1]}_cluster_1" in evaluations[0]
 
     cut, begin = tmp_path / "cut", [*flags, "--run-dir", tmp_path / "cut", "--save-every", 100]
-    for count in (2, 5):  # killed before an iteration was saved, and after some were
+    for count in (2, 3):  # killed before an iteration was saved, and after some were
         process = subprocess.Popen(command(script, *begin), stdout=subprocess.DEVNULL)
         cut = wait_for_rows(cut, count, process)
         process.kill()
