@@ -35,10 +35,10 @@ Deviations from the paper (P) or the official code (C); D1 to D10 and D12 are th
   D13 P's listing steps along the gradient at θ', its text and C by TRPO through the adaptation, as here. C fills up the
       tasks of a learner by resampling, and crashes where there are none; here their mean, and no step without tasks.
       Nothing in C's TRPO reads the outer rate of 1e-3 that P and C state; here there is none, but δ.
-  D14 P and C plot the very rollouts that chose the learner, too good on average; train/ does too, eval/ samples again.
+  D14 P and C plot returns of the rollouts that chose the learner, too high on average; so train/, but eval/ has others.
   D15 C's "random initialisation" has true clusters assign twice, here only --oracle-warmup 2 (100: as Sec. 5.2.1).
-  D16 --init task-specific is MAML on a task a learner, of the entries of the training cycle in turn, in P's 50
-      iterations (C: 300); all count.
+  D16 --init task-specific: θ_j learns by MAML on a task of its own, of the clusters in turn, for 50 iterations as P
+      (C: 300); all frames count.
   D17 ε is an input of Algorithm 1 that no line reads; here (--explore) the part of tasks that get a learner at random.
 
 Tested       python algos/cml.py --env ml2 --tasks 20 --rollouts 10 --iterations 40   (3 million frames, 5 minutes on

@@ -25,11 +25,11 @@ Deviations from the paper (P) or CML's official code (C); D1 to D14 are those of
   D7  No other inner losses here. D8 Pad actions stay in π, as C. D9 At test α / 2 after as many steps as in training.
   D10 Clusters are balanced. D11 One inner step, as C (P: 2). D12 KL ≤ δ, but for --kl-slack. D13 TRPO through the
       adaptation, as C; no step without tasks. D14 train/ has the very rollouts that chose, as P and C; eval/ others.
-  D15 P's listing keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, θ before adaptation, which for R > 0 fails only where
-      the step does harm. Its text keeps it if the last step brings little; so here: g_i ≤ ε, relative to R(θ').
-  D16 P has no ε, R_min or limits; here one cluster an iteration, of the largest g_i, and other tasks above ε stay. Nor
-      has P a warm-up; here a learner is older than --warmup iterations before a task of its own founds another.
-  D17 "Till convergence" is here until five returns are on average not 1 % above the five before, or 50 steps.
+  D15 P's listing keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, θ unadapted: for R > 0 true unless adapting harms.
+      P's text means: if the last step gains little. Here so: g_i ≤ ε, relative to R(θ').
+  D16 P has no ε, R_min, limit or warm-up. Here one task founds an iteration, that of the largest g_i, and others above
+      ε stay; a learner is older than --warmup iterations before a task of its own founds another.
+  D17 "Till convergence" is here: until five returns average less than 1 % above the five before, or for 50 steps.
   D18 P's listing collects U and C and never applies them, and its argmax is over a loss; here CML's step, and returns.
   D19 P's θ'' has a rate β and a sum over all tasks; here α and the one task.
   D20 The largest of 40 noisy g_i is above ε by chance; here fresh rollouts of θ' and θ'' must confirm it.

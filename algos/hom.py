@@ -497,7 +497,7 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     reward = (batch.reward - mean) * batch.taken
     r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
     if args.embedding == "state-next-state":
-        v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # the next row is another episode's where r is 0
+        v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # s'; another episode's where r is 0 (D16)
         return [(v, torch.ones_like(v[..., :1]))], r.flatten(1)  # Eq. (9)
     pairs = layer_gradients(policy, theta, batch)
     if args.embedding == "diagonal":

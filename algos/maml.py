@@ -27,16 +27,16 @@ Deviations from the paper (P) or the official codes (C)
       step in which a simulation diverges.
   D5  ProMP floors σ at 1e-6 before adaptation only; here always.
   D6  C tries a larger ridge when the baseline is NaN; here when the Cholesky factorisation fails.
-  D7  ProMP's DiCE has rewards minus a baseline; here the advantages (Loaded DiCE, Farquhar et al. 2019), so that all
-      inner losses have the same gradient where the data was sampled, and one α fits them. Its box is the ratio to the
-      policy that sampled: the same derivatives there, and right away from it too.
+  D7  ProMP's DiCE has rewards minus a baseline; here advantages (Loaded DiCE, Farquhar et al. 2019): all inner losses
+      then have the same gradient where D was sampled, and one α fits them. In place of its magic box stands the ratio
+      to the policy that sampled D: equal derivatives there, and correct elsewhere.
   D8  CML leaves the actions that pad a small robot in π, as noise; so here (--mask-pad-actions takes them out).
   D9  P takes α / 2 at test after the first step; here after as many steps as in training (at least one).
   D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
   D11 C's Pretrain is TRPO on pooled rollouts, of a goal apparently drawn once; here (--inner-steps 0) the tasks,
       rollouts, baselines and advantages of MAML, without its inner step.
-  D12 By construction the first candidate of Eq. (7) has a KL of about δ, so C's rule KL ≤ δ often turns it down, and
-      the step is 0.8 of it; here so too (--kl-slack 0.1 accepts a tenth more).
+  D12 The first candidate of Eq. (7) has a KL of about δ, often just above it; C's rule KL ≤ δ then takes the next, 0.8
+      of the step: here too (--kl-slack 0.1 accepts a tenth more).
 
 Tested       python algos/maml.py --env cheetah-dir --num-threads 1   (32 million frames, 31 and 35 minutes on one core
              of an AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183

@@ -28,9 +28,9 @@ Deviations from the paper (P) or the official code (C)
   D7  P has the raw reward in Eq. (12); here normalised, as C; its scale is updated once a trial (C: every step).
   D8  C takes q(c|τ:0) in r_h, r_c as uniform; here the encoder's own, as P.
   D9  C samples c at t = 0 of a test, here the argmax; a trial enters V an iteration late in C, here at once.
-  D10 P is silent on networks, Gumbel temperature, variance by softplus, buffer, PPO settings, and a first iteration
-      that only collects: here as C, but rates of the policies by P, and both begin at once (C: πψ an iteration later).
-      P gives the policies z (Sec. 4.1) or q(z) (Alg. 2), a target copied every 50 epochs; here as C, q(z), iterations.
+  D10 P is silent on networks, Gumbel temperature, softplus variance, buffer, PPO and the first iteration, which only
+      collects: here as C. The policies' rates are P's, and both begin at once (C: πψ one later). They see q(z), as C
+      and Alg. 2 (Sec. 4.1: z); the target is copied every 50 iterations, as C (P: epochs).
   D11 C normalises the policies' states without bounds and shows them the done flag; here within [-10, 10], no flag: it
       is 1 only where nobody acts (unless --keep-terminal), so that its weight would never learn, and V(s_H) needs it.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.

@@ -12,7 +12,7 @@ Objective    min over θ, ω:  E_i[ S_i + 1/n Σ_k<n η_k KL_k ], with gradients
              then, if asked to: η_k <- 2 η_k where KL_k > 1.5 target, η_k / 2 where KL_k < target / 1.5       Eq. (6)
 Modulation   υ = h(D_0; ω_h), the embedding of a task                                                         Eq. (7)
              τ = g(υ; ω_g), fixed from here on                                                                Eq. (8)
-             φ_k = θ_k ⊙ τ: from the first step on π_θ_k, in all of the above, is the Gaussian of φ_k         Eq. (9)
+             φ_k = θ_k ⊙ τ;  for k ≥ 1, π_θ_k in (1) to (4) stands for the policy of φ_k                      Eq. (9)
 Algorithm 1  l. 4   sample tasks T_j -> sample_tasks      l. 6, 7    υ = h(D_0), τ = g(υ) -> Encoder
              l. 8, 9  θ' = θ - α ∇L -> adapt, modulate    l. 11-13   N updates of θ, ω_g, ω_h -> promp_update
 
@@ -42,7 +42,7 @@ Deviations from the paper (P), from ProMP's, or from the official code (C)
   D13 C takes the number of arrays in a batch for the length of its rollouts: its encoder sees the first 5 K
       transitions, cut into rollouts of 5 with H - 5 zeros before each. Here all of D_0 (--encoder-official-bug).
   D14 P scales and shifts what hidden units put out (FiLM); C only scales, before the activation: here too (--modulation
-      film shifts). Softmax, which P compares on regression, and sigmoid, which its code for that has, are not in C.
+      film shifts). Softmax (P, in regression) and sigmoid (its code) are not in C's reinforcement learning.
   D15 P lists gradient descent with a rate β; here Adam with one rate for θ and ω, N times on the same data, as C.
   D16 C's GRU is Keras' older one (hard sigmoids, reset before the product); here PyTorch's.
   D17 C pads short rollouts with zeros, which pass through the GRU; here the state after the last step taken counts.

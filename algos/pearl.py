@@ -473,8 +473,8 @@ def collect(
 ) -> float:
     """The mean return of a block of the visits to tasks [visit], each with a context of its own (D1).
 
-    infer: z from the posterior, but for the first episode. A round has as many episodes of a visit as its missing steps
-    need at least; one, if each is to change the posterior of the next.
+    infer: z from the posterior, but for a visit's first episode. A round plays all the episodes that are surely needed;
+    only one, if it changes the posterior of the next.
     """
     args, visits, taken, returns = learner.args, len(tasks), torch.zeros(len(tasks)), []
     episodes = 1 if infer and to_context else math.ceil(steps / args.horizon)  # of a visit in a round

@@ -5,7 +5,7 @@ minibatches on all tasks.
 
 Inner loss   L_i(θ; D) = -E_D[ A π_θ / π_old ], π_old sampled D                                               Eq. (1)
              θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k): n inner steps, D_k sampled by π_old,k                  Eq. (2)
-             π_old,k is π_θ_k before the first update of θ
+             π_old,k is π_θ_k at the θ that sampled, and stays while θ is updated
 Outer loss   S_i(θ) = E_Dn[ -min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) ],  ρ = π_θ_n / π_old,n                        Eq. (3)
              KL_k(θ) = E_Dk[ KL(π_old,k ‖ π_θ_k) ]                                                            Eq. (4)
 Objective    min over θ:  E_i[ S_i + 1/n Σ_k<n η_k KL_k ], with gradients through all inner steps             Eq. (5)
@@ -30,8 +30,8 @@ Deviations from the paper (P) or the official code (C)
   D7  P writes one inner step, with its KL; of several, C takes the mean of η_k KL_k: here too.
   D8  C has one robot. Of several, CML leaves the actions that pad a small one in π, as noise: here too
       (--mask-pad-actions takes them out).
-  D9  P has one η, a constant; C one for every step, which it adapts where physical parameters vary: here too
-      (--adapt-eta).
+  D9  P has one η, a constant; C one a step, adapted in its runs with random physics: here too (--adapt-eta, set by the
+      presets of these).
   D10 C draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
   D11 MMAML's Multi-ProMP is a run on one mode; here (--oracle) every learner has its share of the meta-batch.
 
@@ -364,7 +364,7 @@ def promp_update(
     policy: GaussianPolicy, agent: nn.ParameterDict, optimizer: torch.optim.Optimizer, learner: np.ndarray,
     data: list[Batch], args: Args,
 ) -> dict[str, float]:  # fmt: skip
-    """Steps of Adam on Eq. (5), in place; task i belongs to learner[i]. One more pass, the last, only measures."""
+    """Steps of Adam on Eq. (5), in place; task i trains learner[i]. A last pass without a step measures them."""
     share = torch.from_numpy(1 / np.bincount(learner)[learner]).to(agent["theta"])  # for means over a learner's tasks
     surrogates = []
     for updating in [True] * args.updates + [False]:

@@ -25,7 +25,7 @@ Deviations from the official code (C)
   D1  C zeroes h at every update (but the humanoid's): if these are shorter than a trial, no memory reaches episode 2
       in training. Here an update has whole trials, one a copy; their number is such that it has C's frames.
   D2  C cuts the return at the end of each episode, and loses its last reward; here the return is that of the trial,
-      and the trial's time limit bootstraps from V(terminal state) (--cut-episodes for C's).
+      and at its time limit V(h) follows, as if one more episode came (--cut-episodes for C's).
   D3  C takes the belief of h = 0 as a constant; here it trains the biases of its layer.
   D4  C learns nothing in the first iteration; here from the first on.
   D5  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.

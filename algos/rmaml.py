@@ -10,8 +10,8 @@ TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]                     
              H = ∇²KL = E_i J_iᵀ F_i J_i,  F_i the Fisher matrix of π_θ'i on D_n                              Eq. (6)
              θ <- θ - √(2δ / xᵀHx) x,  H x = ∇S by conjugate gradient, backtracked                            Eq. (7)
 Step size    α <- α - α_0 Σ_i ∂S_i/∂α,  for n = 1 α + α_0 Σ_i ∇S_i(θ'_i)ᵀ ∇L_i(θ; D_0)                        Eq. (8)
-Task buffer  L = MAX_L (k - 1) / (N - 1) of the M tasks of iteration k of N are of B, the batch before        Eq. (9)
-             those with the highest (easy), middle or lowest (hard) returns after adaptation                 Eq. (10)
+Task buffer  L = MAX_L (k - 1) / (N - 1): so many of iteration k's M tasks come from B, the batch before      Eq. (9)
+             those of highest (easy), middle or lowest (hard) return after adaptation                        Eq. (10)
 Algorithm 2  l. 3   L tasks of B -> replay_count, replayed   l. 4   M - L fresh ones -> sample_tasks
              l. 6, 15  B -> store    l. 7-11  D_train, θ'_i, D_val (D_0, θ'_i, D_1) -> collect
              l. 13  θ -> trpo_step, sgd_step   l. 14  α -> hypergradient, next_alpha
@@ -22,12 +22,12 @@ Symbols      θ -> theta [d], all parameters as one vector, log σ included; θ_
              A -> advantage [task, rollout, step]. The equations' numbers are ours; (1) to (7) and Alg. 3 are maml.py's.
 
 Deviations from the paper (P); maml.py names the reasons of D1 to D10 and of D12
-  D1 advantages by GAE, normalised in each task; D2 the value after the last step is 0; D3 J_iᵀ F_i J_i is the exact
-  Hessian, damped by 1e-5; D4 K episodes a task, nothing after a fall nor the step in which a simulation diverges;
-  D5 σ ≥ 1e-6; D6 a larger ridge where the Cholesky factorisation fails; D7 two more inner losses on demand; D8 padding
-  actions are a part of π (--mask-pad-actions takes them out); D9 α / 2 at test after as many steps as in training;
-  D10 the clusters of the M - L fresh tasks are balanced, where there are clusters; D12 of the candidates of Eq. (7)
-  the first with KL ≤ δ, often 0.8 of the step (--kl-slack accepts more).
+  D1  Advantages by GAE, normalised in each task. D2 The value after the last step is 0. D3 J_iᵀ F_i J_i is the exact
+      Hessian, damped by 1e-5. D4 K episodes a task, nothing after a fall nor the step in which a simulation diverges.
+  D5  σ ≥ 1e-6. D6 A larger ridge where Cholesky fails. D7 Two more inner losses on demand. D8 Padding actions are a
+      part of π (--mask-pad-actions takes them out). D9 α / 2 at test after as many steps as in training.
+  D10 The clusters of the M - L fresh tasks are balanced. D12 Of the candidates of Eq. (7) the first with KL ≤ δ, often
+      0.8 of the step (--kl-slack accepts more).
   D11 P's l. 13 is plain gradient descent of step α_0 (--outer sgd); its text has TRPO, and MAML's settings: here TRPO.
   D13 P bounds α nowhere, and gives a first value in its listing of MAML alone, α_0: here this one, kept in [1e-4, 1].
       Which α its tables have (one, of layers, of parameters) it does not say: here one (--rates).
@@ -526,7 +526,7 @@ def group_of(policy: GaussianPolicy, rates: str) -> Tensor:
 
 
 def hypergradient(policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: Tensor, args: Args) -> Tensor:
-    """-Σ_i ∂S_i/∂α [d], with a rate of each parameter: Σ_i of ∇S_i times ∇L_i, and so for each inner step (D16)."""
+    """-Σ_i ∂S_i/∂α [d]: the last step adds ∇S_i ⊙ ∇L_i; for earlier ones ∇S_i goes back through later ones (D16)."""
     total = torch.zeros_like(theta)
     for first in range(0, len(data[0].obs), CHUNK):
         *inner, outer = (batch.of(slice(first, first + CHUNK)) for batch in data)

@@ -25,11 +25,11 @@ Deviations from the paper (P), and from the official code of PEARL (C), which P 
   D7  P is silent on linkage, K, the number of points, how long and from where learners train; here Ward's, 2, 50 in
       each training task, 50 iterations of the probe and 100 of the members, which begin anew.
   D8  P's members make 5 visits each to the probe's 10; here they share 10, so that an iteration costs the same frames.
-  D9  P divides r by max r, undefined at 0, of wrong sign below; here by max |r|, and (9), (10) have |r|. D10 P is
-      silent on the part of (9), and draws an ã; here the last layer's diagonal, and the mean over ã. P prints (12) with
-      ∇π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the points, cut at ±2, and to 50 principal
-      components. D12 A training task joins the cluster of most of its points; one without tasks has no member. D13 P
-      is silent on how the probe plays; here z from the prior, sampled actions, one of the eval_episodes.
+  D9  P divides r by max r, undefined at 0, of wrong sign below; here by max |r| of its episode, not of its task, and
+      (9), (10) have |r|. D10 P is silent on the part of (9), and draws an ã; here the last layer's diagonal, and the
+      mean over ã. P prints (12) with ∇π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the points,
+      cut at ±2, and to 50 principal components. D12 A training task joins the cluster of most of its points; a cluster
+      of none has no member. D13 P is silent on the probe's play; here z from the prior, sampled actions, one episode.
 
 Tested       python algos/sop.py --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000   (ml2,
              280,000 frames, 27 minutes of a shared core, far too short): 46 before, then 54; both robots are found.
@@ -569,7 +569,7 @@ def evaluate(
     # Alg. 4, l. 3: all of these learners in every task, from the same starts; what counts is what its own one does
     who = np.unique(learner)
     found = [adapt(env, tasks, learners[m], torch.Generator().manual_seed(10**6 + args.seed), args) for m in who]
-    own = lambda *x: torch.stack(x)[np.searchsorted(who, learner), np.arange(len(tasks))]  # noqa: E731
+    own = lambda *x: torch.stack(x)[np.searchsorted(who, learner), np.arange(len(tasks))]  # noqa: E731  [task, ·]
     episodes += [Episodes(*map(own, *same)) for same in zip(*(each[0] for each in found))]
     metrics = {"eval/posterior_std": own(*(q_z.stddev for *_, q_z in found)).mean().item()}
     for k, episode in enumerate(episodes, start=1):
