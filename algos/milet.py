@@ -38,7 +38,7 @@ Deviations from the paper (P) or the official code (C)
   D14 Of an episode that pays all alike, C's normalised advantages are V's errors alone; here only V learns from it.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
-             EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -262.
+             EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.
 """
 
 import json
