@@ -7,6 +7,7 @@ python tests/test_copies.py     rewrites every copy from its source, and every l
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -26,9 +27,14 @@ def halves(script: Path) -> tuple[str, str]:
     return algorithm, LAST + last
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def definition(path: Path, name: str) -> tuple[ast.AST, slice]:
     """The top-level function or class of that name: its syntax tree, and its lines, decorators included."""
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path.read_text()).body:
         if getattr(node, "name", None) == name:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             return node, slice(first - 1, node.end_lineno)

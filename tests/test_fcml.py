@@ -47,11 +47,20 @@ def make(**kwargs):
 # -- what it has in common with MAML and CML ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [dict(max_learners=1), dict(warmup=3), dict(GROWS, epsilon=1e9)])
-def test_as_long_as_nothing_is_founded_it_is_maml_to_the_last_digit(tmp_path, more):
+@pytest.mark.parametrize(
+    "more, shared",
+    [
+        (dict(max_learners=1), {}),
+        (dict(max_learners=1), dict(inner_steps=2, eval_steps=3)),
+        (dict(max_learners=1), dict(inner_steps=0)),
+        (dict(warmup=3), {}),
+        (dict(GROWS, epsilon=1e9), {}),
+    ],
+)
+def test_as_long_as_nothing_is_founded_it_is_maml_to_the_last_digit(tmp_path, more, shared):
     """The last case looks for a founder in two of three iterations, so only the first one can be compared."""
-    runs = [train(maml, **QUICK, run_dir=str(tmp_path / "maml"))]
-    runs += [train(fcml, **QUICK, run_dir=str(tmp_path / "fcml"), **more)]
+    runs = [train(maml, **QUICK, run_dir=str(tmp_path / "maml"), **shared)]
+    runs += [train(fcml, **QUICK, run_dir=str(tmp_path / "fcml"), **more, **shared)]
     until = 2 if "epsilon" in more else 4
     for name in ("eval.csv", "metrics.csv"):
         mamls, ours = ([r for r in rows(run / name) if int(r["iteration"]) < until] for run in runs)

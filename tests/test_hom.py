@@ -100,7 +100,8 @@ def test_assignment_is_to_the_nearest_centroid(kind):
     phi, others = explicit(policy, theta, pool, args), explicit(policy, theta, new, args)
     member = torch.tensor([1, 1, 1, 1, 1, 2, 2, 3, 3, 3])
     centroids = torch.stack([phi[member == k].mean(0) for k in (1, 2, 3)])
-    agent = dict(zip(hom.Batch._fields, pool[:-1]), member=member, products=phi @ phi.T, theta=theta[None])
+    thetas = torch.stack([theta, theta + 1])  # the probe's, and another one's
+    agent = dict(zip(hom.Batch._fields, pool[:-1]), member=member, products=phi @ phi.T, theta=thetas)
     expected = 1 + torch.cdist(others, centroids).argmin(1)
     assert hom.assign(policy, agent, new, args).tolist() == expected.tolist() and len(expected.unique()) > 1
 

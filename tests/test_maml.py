@@ -424,9 +424,11 @@ def test_a_step_that_helps_nowhere_is_not_taken(monkeypatch):
     nan = torch.tensor(float("nan"))
     for answer in ((torch.tensor(-1.0), torch.tensor(2.0)), (torch.tensor(1.0), torch.tensor(0.0)), (nan, nan)):
         asked = []
-        monkeypatch.setattr(maml, "meta_objective", lambda *_, answer=answer, asked=asked: asked.append(1) or answer)
+        monkeypatch.setattr(maml, "meta_objective", lambda _, x, *__, answer=answer, to=asked: to.append(x) or answer)
         new, stats = maml.trpo_step(policy, theta, data, args.alpha, args)
         assert (new == theta).all() and stats["trpo/step_ratio"] == 0 and len(asked) == 15
+        steps = torch.stack([candidate - theta for candidate in asked])
+        torch.testing.assert_close(steps[1:], 0.8 * steps[:-1])
 
 
 def test_slack_accepts_a_little_more_than_the_trust_region(monkeypatch):
@@ -487,6 +489,22 @@ def test_meta_gradient_of_a_bandit_by_hand():
 @pytest.fixture
 def single():
     torch.set_default_dtype(torch.float32)
+
+
+class Breaks(envs.ENVIRONMENTS["point-goal-4c"]):
+    """The simulation of copy 1 diverges in step 4."""
+
+    def diverged(self):
+        return (np.arange(self.num_envs) == 1) & (self.elapsed == 4)
+
+
+def test_the_step_in_which_a_simulation_diverges_is_not_taken(single):
+    args, env = maml.Args(rollouts=1, horizon=6, hidden=(4,)), Breaks(num_envs=2, horizon=6)
+    policy = maml.GaussianPolicy(2, 2, args)
+    theta = policy.init(torch.Generator().manual_seed(0)).expand(2, -1)
+    batch = maml.sample(env, env.task_set("train")[:2], policy, theta, torch.Generator().manual_seed(0), args)
+    assert batch.taken.sum((1, 2)).tolist() == [6, 3]
+    torch.testing.assert_close(batch.weight.sum((1, 2)), torch.ones(2))
 
 
 @pytest.mark.parametrize("env_id", ["walker-dir", "ml2"])

@@ -12,7 +12,6 @@ import probes  # noqa: F401  (registers them)
 import promp
 import pytest
 import rl2
-import rmaml
 import torch
 import varibad
 from conftest import train
@@ -69,7 +68,7 @@ def test_belief_and_memory_solve_the_second_episode(tmp_path, script, rates):
     assert last["eval/return_episode_2"] > -3 > first["eval/return_episode_2"]
 
 
-@pytest.mark.parametrize("script, step", [(maml, {}), (promp, dict(lr=1e-2)), (rmaml, {})])
+@pytest.mark.parametrize("script, step", [(maml, {}), (promp, dict(lr=1e-2))])  # rmaml: test_rmaml.py
 def test_bandit_is_solved_after_one_gradient_step(tmp_path, script, step):
     """One action, goals -1 and +1: without the task 0 is best, which pays -1 - σ² and more; who knows it gets 0."""
     run = train(

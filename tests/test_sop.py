@@ -221,7 +221,7 @@ def separate(monkeypatch, sigmas=10.0) -> None:
     monkeypatch.setattr(sop, "observe", synthetic)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "latent"])
+@pytest.mark.parametrize("kind", sop.KINDS)
 def test_two_gaussians_are_two_members_and_one_cluster_is_one(monkeypatch, tmp_path, kind):
     separate(monkeypatch)
     flags = TINY | dict(env="ml2", train_tasks=4, probe_iterations=1, iterations=2, embed_repeats=5, embedding=kind)
