@@ -613,14 +613,15 @@ def test_evaluation_gives_the_true_cluster_its_learner_and_halves_later_steps(si
     tasks = envs.Tasks(np.array([[1.0], [-1], [-1], [1]]), np.array([0, 1, 1, 0]))
     policy = maml.GaussianPolicy(17, 6, args)
     theta = torch.stack([policy.init(torch.Generator().manual_seed(i)) for i in range(2)])
-    sampled, rates, sample, adapt = [], [], maml.sample, maml.adapt
-    monkeypatch.setattr(maml, "sample", lambda *a: sampled.append(a[3]) or sample(*a))
+    sampled, rates, batches, sample, adapt = [], [], [], maml.sample, maml.adapt
+    monkeypatch.setattr(maml, "sample", lambda *a: sampled.append(a[3]) or batches.append(sample(*a)) or batches[-1])
     monkeypatch.setattr(maml, "adapt", lambda *a: rates.append(a[3]) or adapt(*a))
     metrics, traces = maml.evaluate(env, tasks, policy, theta, args)
     assert torch.equal(sampled[0], theta[[0, 1, 1, 0]]) and rates == expected
     assert traces["returns"].shape == (len(expected) + 1, 4, 2)
     for k in range(len(expected) + 1):
-        mean = traces["returns"][k].mean(1)
+        mean, first_rollouts = traces["returns"][k].mean(1), batches[k].obs[:, :4, :2]
+        np.testing.assert_array_equal(traces["trace"][k], first_rollouts.transpose(0, 1))
         assert metrics[f"eval/return_step_{k}"] == pytest.approx(mean.mean())
         assert metrics[f"eval/return_step_{k}_cluster_1"] == pytest.approx(mean[1:3].mean())
     again, _ = maml.evaluate(env, tasks, policy, theta, args)

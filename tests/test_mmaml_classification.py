@@ -19,6 +19,7 @@ import envs
 
 SMALL = dict(channels=(4, 5), embedding=6, img_size=8, ways=3, horizon=4, tasks=4, inner_steps=2, alpha=0.1)
 FORMS = [dict(modulation="film"), dict(modulation="softmax"), dict(modulation="sigmoid"), dict(modulation="none")]
+FROZEN = dict(bn_frozen_support=True)
 
 
 def small_args(**kwargs) -> few.Args:
@@ -371,7 +372,7 @@ def by_modules(theta, x, tau, args, statistics=None) -> torch.Tensor:
     return x.mean((2, 3)) @ theta[-2].T + theta[-1]
 
 
-@pytest.mark.parametrize("form", [*FORMS, dict(encoder_labels=True), dict(bn_frozen_support=True)], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, dict(encoder_labels=True), FROZEN], ids=str)
 @pytest.mark.parametrize("inner_clip", [20.0, 0.02, 0.0])
 def test_objective_and_meta_gradient_against_one_task_at_a_time(double, form, inner_clip):
     args, limit = small_args(inner_clip=inner_clip, **form), inner_clip or math.inf
@@ -486,15 +487,16 @@ class Adam(torch.optim.SGD):
         super().__init__(agent.parameters(), 1.0)
 
 
-def test_a_meta_step_is_a_step_on_the_objective(double):
-    args = small_args()
+@pytest.mark.parametrize("form", [dict(), FROZEN], ids=str)
+def test_a_meta_step_is_a_step_on_the_objective(double, form):
+    args = small_args(**form)
     agent, support, query = make_agent(args), make_images(), make_images(each=3)
     objective = query_loss(agent, support, query, args)
     gradients = torch.autograd.grad(objective, [*agent.parameters()])
     before = [p.clone() for p in agent.parameters()]
     tau = few.modulation_of(agent, support)[1]
     theta = few.adapt(agent["theta"][0], tau, support, 2, args)[-1]
-    hits = few.predict(theta, query.x, tau, args).argmax(-1) == query.y
+    hits = few.predict(theta, query.x, tau, args, support.x).argmax(-1) == query.y
     for p in agent.parameters():
         p.grad = torch.ones_like(p)  # left over
     accuracies, metrics = few.meta_step(agent, Adam(agent), support, query, np.zeros(4, int), args)
@@ -579,7 +581,7 @@ def test_a_real_format_can_be_learned(root, tmp_path):
     assert "eval/return_step_5_cluster_4" in read(run / "eval.csv")[0]
 
 
-@pytest.mark.parametrize("form", [dict(), dict(modulation="none", oracle=True), dict(eval_steps=3)], ids=str)
+@pytest.mark.parametrize("form", [dict(), dict(modulation="none", oracle=True), dict(eval_steps=3), FROZEN], ids=str)
 def test_evaluation_against_plain_means(monkeypatch, form):
     monkeypatch.setattr(few, "CHUNK", 3)
     args = few.Args(**(PROBE | form))
@@ -595,7 +597,7 @@ def test_evaluation_against_plain_means(monkeypatch, form):
             embedding, tau = few.modulation_of(agent, support)
             thetas = few.adapt(agent["theta"][tasks.cluster[i] if args.oracle else 0], tau, support, n, args)
             for k in (0, -1):
-                logits = few.predict(thetas[k], query.x, tau, args)
+                logits = few.predict(thetas[k], query.x, tau, args, support.x)
                 scores[p, k, i] = (logits.argmax(-1) == query.y).double().mean()
             if part == "test" and embedding is not None:
                 np.testing.assert_allclose(arrays["embedding"][i], embedding[0].detach(), atol=1e-5)
