@@ -35,7 +35,7 @@ Deviations from the paper (P) or the official code (C)
       is 1 only where nobody acts (unless --keep-terminal), so that its weight would never learn, and V(s_H) needs it.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t, so never s_0, and t drawn at random.
-  D14 Of an episode that pays all alike, C's normalised advantages are V's errors alone; here only V learns from it.
+  D14 Of an episode that pays all alike, C's normalised advantages are V's errors alone; here only V's loss counts.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.

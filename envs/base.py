@@ -42,7 +42,8 @@ class Tasks:
 
     def __getitem__(self, index) -> "Tasks":
         """The tasks that a slice, an index array or a boolean mask selects (an integer gives a batch of one)."""
-        index = index if isinstance(index, slice) else np.atleast_1d(index)
+        if np.ndim(index) == 0 and not isinstance(index, slice):
+            index = [index]
         return Tasks(self.params[index], self.cluster[index])
 
     def __add__(self, other: "Tasks") -> "Tasks":
@@ -193,8 +194,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
                 drawn = self.sample_tasks(1, self.rngs[i])
                 params[i], cluster[i] = drawn.params[0], drawn.cluster[0]
         self.tasks = Tasks(params, cluster)
-        self.has_task[ids] = True
         self.apply_tasks(ids)
+        self.has_task[ids] = True
         self.reset_state(ids)
         self.elapsed[mask] = 0
         self.fell[mask] = self.broke[mask] = self.done[mask] = False

@@ -280,6 +280,7 @@ def test_batches_of_tasks():
     assert test == env.task_set("test") and test != train and test != test[::-1]
     assert test != envs.Tasks(test.params, test.cluster + 1) and test != 3
     assert test[:5] + test[5:] == test and len(test + train) == 532
+    assert len(test[[]]) == 0 and test[[]] + test == test
     for one in (3, np.int64(3), np.array(3), [3], np.arange(32) == 3):
         assert test[one] == test[3:4]
 

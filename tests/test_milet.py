@@ -399,8 +399,8 @@ def test_ppo_prefers_the_better_action_and_normalises_with_its_own_batch():
     torch.testing.assert_close(policy.stats.mean.float(), seen.mean((0, 1)), atol=1e-4, rtol=0)
 
 
-def test_where_nothing_is_paid_the_policy_stays():
-    """D14: normalised, the errors of V would be advantages of full size."""
+def test_where_nothing_is_paid_the_actor_stays():
+    """D14: normalised, the errors of V would be advantages of full size. What V shares with the policy still learns."""
     args, episode = small_args(), make_episode()
     for reward, stays in ((torch.zeros(10, 4), True), (torch.full((10, 4), 0.3), True), (torch.eye(10, 4), False)):
         policy = milet.Policy(6, 2, args)
