@@ -364,7 +364,7 @@ def promp_update(
     policy: GaussianPolicy, agent: nn.ParameterDict, optimizer: torch.optim.Optimizer, learner: np.ndarray,
     data: list[Batch], args: Args,
 ) -> dict[str, float]:  # fmt: skip
-    """Steps of Adam on Eq. (5), in place; task i trains learner[i]. A last pass without a step measures them."""
+    """Steps of Adam on Eq. (5), in place; task i trains learner[i]. A last pass, without a step, only measures."""
     share = torch.from_numpy(1 / np.bincount(learner)[learner]).to(agent["theta"])  # for means over a learner's tasks
     surrogates = []
     for updating in [True] * args.updates + [False]:

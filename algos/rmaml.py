@@ -10,7 +10,7 @@ TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]                     
              H = ∇²KL = E_i J_iᵀ F_i J_i,  F_i the Fisher matrix of π_θ'i on D_n                              Eq. (6)
              θ <- θ - √(2δ / xᵀHx) x,  H x = ∇S by conjugate gradient, backtracked                            Eq. (7)
 Step size    α <- α - α_0 Σ_i ∂S_i/∂α,  for n = 1 α + α_0 Σ_i ∇S_i(θ'_i)ᵀ ∇L_i(θ; D_0)                        Eq. (8)
-Task buffer  L = MAX_L (k - 1) / (N - 1): so many of iteration k's M tasks come from B, the batch before      Eq. (9)
+Task buffer  L = MAX_L (k - 1) / (N - 1) of the M tasks of iteration k, of N, are of B, the batch before      Eq. (9)
              those of highest (easy), middle or lowest (hard) return after adaptation                        Eq. (10)
 Algorithm 2  l. 3   L tasks of B -> replay_count, replayed   l. 4   M - L fresh ones -> sample_tasks
              l. 6, 15  B -> store    l. 7-11  D_train, θ'_i, D_val (D_0, θ'_i, D_1) -> collect

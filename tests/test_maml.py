@@ -9,6 +9,7 @@ import maml
 import numpy as np
 import pytest
 import torch
+from test_pearl import Breaks
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -489,13 +490,6 @@ def test_meta_gradient_of_a_bandit_by_hand():
 @pytest.fixture
 def single():
     torch.set_default_dtype(torch.float32)
-
-
-class Breaks(envs.ENVIRONMENTS["point-goal-4c"]):
-    """The simulation of copy 1 diverges in step 4."""
-
-    def diverged(self):
-        return (np.arange(self.num_envs) == 1) & (self.elapsed == 4)
 
 
 def test_the_step_in_which_a_simulation_diverges_is_not_taken(single):

@@ -411,38 +411,40 @@ def test_where_nothing_is_paid_the_actor_stays():
         assert not torch.equal(policy.critic[0].weight, before.critic[0].weight)
 
 
-def test_ppo_against_literal_steps():
-    """Three full-batch steps by plain gradient descent, large enough that the ratio leaves the clip on both sides."""
-    args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8)
-    policy, episode, reward = milet.Policy(6, 2, args), make_episode(), torch.randn(10, 4)
-    twin, left = copy.deepcopy(policy), []
-    milet.ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.5), episode, reward, 0.3, args)
-
-    obs, belief = episode.obs[:-1], episode.belief[:-1]
+def literal_ppo(policy, observe, episode, reward, args):
+    """Three full-batch steps by plain gradient descent, in place, of a policy that first observes its own batch."""
+    obs, belief, left = episode.obs[:-1], episode.belief[:-1], []
     log_prob = lambda pi: pi.log_prob(episode.sample).sum(-1).flatten()  # noqa: E731
     with torch.no_grad():
-        v = twin(episode.obs, episode.belief)[1]
+        v = policy(episode.obs, episode.belief)[1]
         delta = reward + 0.9 * v[1:] - v[:-1]
         adv = torch.stack([sum(0.72**k * delta[t + k] for k in range(10 - t)) for t in range(10)])
         v, target = v[:-1].flatten(), (adv + v[:-1]).flatten()
         adv = ((adv - adv.mean()) / (adv.std() + 1e-5)).flatten()
-        twin.stats.update(obs[..., :-1])
-        old = log_prob(twin(obs, belief)[0])
+        observe(obs, belief)
+        old = log_prob(policy(obs, belief)[0])
     for _ in range(3):
-        pi, value = twin(obs, belief)
+        pi, value = policy(obs, belief)
         ratio, value = (log_prob(pi) - old).exp(), value.flatten()
         gain = torch.where(adv > 0, ratio.clamp(max=1.1), ratio.clamp(min=0.9)) * adv
         near = v + (value - v).clamp(-0.1, 0.1)
         huber = [torch.where((e := (x - target).abs()) < 1, e**2 / 2, e - 0.5) for x in (value, near)]
-        loss = args.value_coef * 0.5 * torch.maximum(*huber).mean() - gain.mean()
-        loss = loss - 0.3 * pi.entropy().sum(-1).mean()
-        gradients = torch.autograd.grad(loss, [*twin.parameters()])
+        loss = args.value_coef * 0.5 * torch.maximum(*huber).mean() - gain.mean() - 0.3 * pi.entropy().sum(-1).mean()
+        gradients = torch.autograd.grad(loss, [*policy.parameters()])
         scale = min(1, 0.5 / torch.cat([g.flatten() for g in gradients]).norm())
         with torch.no_grad():
-            for p, g in zip(twin.parameters(), gradients):
+            for p, g in zip(policy.parameters(), gradients):
                 p -= 0.5 * scale * g
         left.append(((adv > 0) & (ratio > 1.1)).any() and ((adv < 0) & (ratio < 0.9)).any() and scale < 1)
-    assert left[-1], "a case in which clips matter"
+    assert left[-1], "a case in which clips matter: the ratio leaves them on both sides"
+
+
+def test_ppo_against_literal_steps():
+    args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8)
+    policy, episode, reward = milet.Policy(6, 2, args), make_episode(), torch.randn(10, 4)
+    twin = copy.deepcopy(policy)
+    milet.ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.5), episode, reward, 0.3, args)
+    literal_ppo(twin, lambda obs, _: twin.stats.update(obs[..., :-1]), episode, reward, args)
     for p, wanted in zip(policy.parameters(), twin.parameters()):
         torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
 

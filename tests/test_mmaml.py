@@ -1,7 +1,6 @@
 """MMAML's mathematics: what ProMP's tests do not cover, which is the encoder, the modulation, and their gradients."""
 
 import csv
-import dataclasses
 import math
 
 import gymnasium as gym
@@ -353,19 +352,6 @@ def test_evaluation_tells_modulation_and_gradient_steps_apart(monkeypatch, opera
         for m in range(2):
             wanted = returns[torch.from_numpy(tasks.cluster == m)].mean().item()
             assert metrics[f"eval/return_{name}_cluster_{m}"] == pytest.approx(wanted)
-
-
-def test_evaluation_with_another_step_size(monkeypatch):
-    torch.set_default_dtype(torch.float32)
-    args = small_args(modulation="none", inner_steps=1)
-    env = gym.make_vec("point-2m", num_envs=4 * args.rollouts, horizon=args.horizon)
-    policy = mmaml.GaussianPolicy(4, 2, args)
-    agent = mmaml.make_agent(policy, 1, torch.Generator().manual_seed(0), args)
-    alphas, adapt = [], mmaml.adapt
-    monkeypatch.setattr(mmaml, "adapt", lambda *a: alphas.append(a[3]) or adapt(*a))
-    tasks = env.unwrapped.sample_tasks(4, np.random.default_rng(0))
-    mmaml.evaluate(env, tasks, policy, agent, dataclasses.replace(args, alpha=0.03))
-    assert len(alphas) == 1 and (alphas[0] == 0.03).all(), "what --evaluate RUN --alpha 0.03 asks for"
 
 
 def test_it_learns_to_tell_two_modes_apart_before_any_gradient_step(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 
 import gymnasium as gym
 import maml
+import mmaml
 import numpy as np
 import promp
 import pytest
@@ -224,16 +225,17 @@ def test_evaluation_uses_the_parameters_of_each_learner(monkeypatch):
     assert promp.evaluate(env, tasks, policy, agent, args)[0] == metrics
 
 
-def test_evaluation_with_another_step_size(monkeypatch):
+@pytest.mark.parametrize("script, more", [(promp, {}), (mmaml, dict(modulation="none"))])
+def test_evaluation_with_another_step_size(monkeypatch, script, more):
     torch.set_default_dtype(torch.float32)
-    args = small_args(inner_steps=1)
+    args = script.Args(rollouts=2, horizon=4, hidden=(4,), inner_steps=1, **more)
     env = gym.make_vec("point-goal-4c", num_envs=4 * args.rollouts, horizon=args.horizon)
-    policy = promp.GaussianPolicy(2, 2, args)
-    agent = promp.make_agent(policy, 1, torch.Generator().manual_seed(0), args)
-    alphas, adapt = [], promp.adapt
-    monkeypatch.setattr(promp, "adapt", lambda *a: alphas.append(a[3]) or adapt(*a))
+    policy = script.GaussianPolicy(2, 2, args)
+    agent = script.make_agent(policy, 1, torch.Generator().manual_seed(0), args)
+    alphas, adapt = [], script.adapt
+    monkeypatch.setattr(script, "adapt", lambda *a: alphas.append(a[3]) or adapt(*a))
     tasks = env.unwrapped.sample_tasks(4, np.random.default_rng(0))
-    promp.evaluate(env, tasks, policy, agent, dataclasses.replace(args, alpha=0.03))
+    script.evaluate(env, tasks, policy, agent, dataclasses.replace(args, alpha=0.03))
     assert len(alphas) == 1 and (alphas[0] == 0.03).all(), "what --evaluate RUN --alpha 0.03 asks for"
 
 
