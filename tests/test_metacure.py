@@ -120,6 +120,27 @@ def test_snail_grows_as_the_official_code():
     assert [c.dilation[0] for c in snail.layers[:6]] == [1, 2, 4, 8, 16, 32]
 
 
+def test_snail_by_hand():
+    """Gated convolutions of x_t and x_t-d, and attention to what came before, a token at a time."""
+    snail, tokens = metacure.Snail(3, 4), 4
+    x = torch.randn(2, tokens, 3)
+    known, _ = snail(x)
+    for layer in snail.layers:
+        new = []
+        for t in range(tokens):
+            if isinstance(layer, nn.Conv1d):
+                (d,) = layer.dilation
+                before = x[:, t - d] if t >= d else torch.zeros_like(x[:, 0])
+                out = before @ layer.weight[..., 0].T + x[:, t] @ layer.weight[..., 1].T + layer.bias
+                new.append(out[:, :16].tanh() * out[:, 16:].sigmoid())
+            else:
+                query, key, value = layer(x).split(32, dim=-1)
+                weight = ((query[:, t, None] * key[:, : t + 1]).sum(-1) / 32**0.5).softmax(-1)
+                new.append((weight[..., None] * value[:, : t + 1]).sum(1))
+        x = torch.cat([x, torch.stack(new, 1)], dim=-1)
+    torch.testing.assert_close(known, x)
+
+
 def say_more(encoder: metacure.Encoder) -> None:
     """Untrained, it says nearly the same of all contexts."""
     for p in encoder.head.parameters():

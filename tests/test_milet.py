@@ -3,6 +3,7 @@
 import copy
 
 import gymnasium as gym
+import literal
 import milet
 import numpy as np
 import pytest
@@ -187,6 +188,23 @@ def test_prior_consistency_is_zero_after_the_copy():
     assert milet.elbo_loss(agent, *trials(), args)["l_p"] > 0
 
 
+def test_one_step_on_theta_and_omega_against_a_literal_one():
+    """Nothing is left of earlier gradients, and the norms of three parts are cut, each by its own."""
+    args, batch = small_args(), [100 * x for x in trials()]
+    agent = milet.make_agent(6, 2, args)
+    twin = copy.deepcopy(agent)
+    groups = [[*twin["encoder"].parameters(), *twin["prior"].parameters()]]
+    groups += [[*twin[name].parameters()] for name in ("reward_decoder", "state_decoder")]
+    milet.elbo_loss(agent, *batch, args)["loss"].backward()
+    torch.manual_seed(1)
+    milet.vae_update(agent, torch.optim.SGD(agent.parameters(), 0.5), batch, args)
+    torch.manual_seed(1)
+    loss = milet.elbo_loss(twin, *batch, args)["loss"]
+    assert literal.descend(loss, [(group, 1.0) for group in groups], 0.5)
+    for p, wanted in zip(agent.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, wanted)
+
+
 # -- sampler -----------------------------------------------------------------------------------------------------------
 
 
@@ -310,17 +328,29 @@ def test_the_target_is_copied_in_time(monkeypatch, tmp_path):
     assert [x == 0 for x in l_p] == [True, True, False, False, True, False, False, True, False]  # iterations 2, ..., 10
 
 
+def test_trials_enter_v_in_their_order(monkeypatch, tmp_path):
+    """The belief at the end of the first episode is that at the start of the second."""
+    added, add = [], milet.TrialBuffer.add
+    monkeypatch.setattr(milet.TrialBuffer, "add", lambda self, *pair: added.append(pair) or add(self, *pair))
+    flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=160, elbo_terms=2, vae_batch=2)
+    train(milet, **SMALL, **flags, run_dir=str(tmp_path), eval_every=9)
+    assert len(added) == 4
+    for explore, exploit in added:
+        assert torch.equal(explore.q[-1], exploit.q[0]) and not torch.equal(explore.q[0], exploit.q[-1])
+
+
 def test_buffer_keeps_the_latest_trials():
     buffer = milet.TrialBuffer(5)
     for value in range(4):  # 8 trials, of 2 each: 0 0 1 1 2 2 3 3
         x = torch.full((3, 2, 1), float(value))
-        episode = milet.Episode(x, x[:2], x[:2], x[:2, :, 0], x, x)
-        buffer.add(episode, episode._replace(reward=-x[:2, :, 0]))
+        episode = milet.Episode(x, x[:2], x[:2], 1 + x[:2, :, 0], x, x)
+        buffer.add(episode, episode._replace(reward=-1 - x[:2, :, 0]))
     assert len(buffer.trials) == 5
     obs, action, reward = buffer.sample(50)
     assert obs.shape == (5, 2, 3, 1) and action.shape == (5, 2, 2, 1)
     assert sorted(obs[:, 0, 0, 0].tolist()) == [1, 2, 2, 3, 3]
-    torch.testing.assert_close(reward[:, 0], -reward[:, 1])
+    torch.testing.assert_close(reward[:, 0], 1 + obs[:, 0, 1:, 0])
+    torch.testing.assert_close(reward[:, 1], -reward[:, 0])
     other = milet.TrialBuffer(5)
     other.load_state_dict(buffer.state_dict())
     for ours, theirs in zip(buffer.trials, other.trials, strict=True):
@@ -411,32 +441,19 @@ def test_where_nothing_is_paid_the_actor_stays():
         assert not torch.equal(policy.critic[0].weight, before.critic[0].weight)
 
 
-def literal_ppo(policy, observe, episode, reward, args):
+def literal_ppo(policy, observe, episode, reward):
     """Three full-batch steps by plain gradient descent, in place, of a policy that first observes its own batch."""
-    obs, belief, left = episode.obs[:-1], episode.belief[:-1], []
-    log_prob = lambda pi: pi.log_prob(episode.sample).sum(-1).flatten()  # noqa: E731
+    obs, belief, sample = episode.obs[:-1], episode.belief[:-1], episode.sample
     with torch.no_grad():
-        v = policy(episode.obs, episode.belief)[1]
-        delta = reward + 0.9 * v[1:] - v[:-1]
-        adv = torch.stack([sum(0.72**k * delta[t + k] for k in range(10 - t)) for t in range(10)])
-        v, target = v[:-1].flatten(), (adv + v[:-1]).flatten()
-        adv = ((adv - adv.mean()) / (adv.std() + 1e-5)).flatten()
+        value = policy(episode.obs, episode.belief)[1]
+        advantage, target = literal.targets(reward, value, 0.9, 0.8)
         observe(obs, belief)
-        old = log_prob(policy(obs, belief)[0])
+        old = policy(obs, belief)[0].log_prob(sample).sum(-1).flatten()
     for _ in range(3):
-        pi, value = policy(obs, belief)
-        ratio, value = (log_prob(pi) - old).exp(), value.flatten()
-        gain = torch.where(adv > 0, ratio.clamp(max=1.1), ratio.clamp(min=0.9)) * adv
-        near = v + (value - v).clamp(-0.1, 0.1)
-        huber = [torch.where((e := (x - target).abs()) < 1, e**2 / 2, e - 0.5) for x in (value, near)]
-        loss = args.value_coef * 0.5 * torch.maximum(*huber).mean() - gain.mean() - 0.3 * pi.entropy().sum(-1).mean()
-        gradients = torch.autograd.grad(loss, [*policy.parameters()])
-        scale = min(1, 0.5 / torch.cat([g.flatten() for g in gradients]).norm())
-        with torch.no_grad():
-            for p, g in zip(policy.parameters(), gradients):
-                p -= 0.5 * scale * g
-        left.append(((adv > 0) & (ratio > 1.1)).any() and ((adv < 0) & (ratio < 0.9)).any() and scale < 1)
-    assert left[-1], "a case in which clips matter: the ratio leaves them on both sides"
+        acted = *policy(obs, belief), sample, old, value[:-1].flatten()
+        loss, left = literal.ppo_loss(*acted, advantage, target, 0.3)
+        left &= literal.descend(loss, [([*policy.parameters()], 0.5)], 0.5)
+    assert left, "a case in which clips matter"
 
 
 def test_ppo_against_literal_steps():
@@ -444,7 +461,7 @@ def test_ppo_against_literal_steps():
     policy, episode, reward = milet.Policy(6, 2, args), make_episode(), torch.randn(10, 4)
     twin = copy.deepcopy(policy)
     milet.ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.5), episode, reward, 0.3, args)
-    literal_ppo(twin, lambda obs, _: twin.stats.update(obs[..., :-1]), episode, reward, args)
+    literal_ppo(twin, lambda obs, _: twin.stats.update(obs[..., :-1]), episode, reward)
     for p, wanted in zip(policy.parameters(), twin.parameters()):
         torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
 
@@ -568,12 +585,14 @@ def test_scores_are_of_the_end_of_exploration_and_returns_of_their_episodes(monk
     q = torch.zeros(31, 32, 4)
     q[:20, :, 0] = 1
     q[20:30, torch.arange(32), torch.from_numpy(np.minimum(tasks.cluster, 2))] = 1
-    q[30, torch.arange(32), torch.from_numpy(3 - tasks.cluster)] = 1
+    q[30] = 0.1
+    q[30, torch.arange(32), torch.from_numpy(3 - tasks.cluster)] = 0.7
     zeros = torch.zeros(31, 32, 6)
     trial = [milet.Episode(zeros, zeros[1:, :, :2], zeros[1:, :, :2], r, q, zeros) for r in rewards]
     monkeypatch.setattr(milet, "run_trial", lambda *a, **k: tuple(trial))
     metrics, _ = milet.evaluate(env, tasks, None, small_args(horizon=30))
     assert metrics["eval/nmi"] == pytest.approx(1) == metrics["eval/ari"] and metrics["eval/clusters_used"] == 4
+    assert metrics["eval/belief_entropy"] == pytest.approx(Categorical(q[30, 0]).entropy().item(), abs=1e-4)
     assert metrics["eval/nmi_step_20"] == pytest.approx(6 / 7)  # H = 1.5 and 2 bits, 1.5 of them shared
     for k in (0, 1):
         assert metrics[f"eval/return_episode_{k + 1}"] == pytest.approx(rewards[k].sum(0).mean().item())

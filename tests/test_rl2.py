@@ -1,10 +1,14 @@
 """RL2: the memory and its life, and that the policy's loss trains it."""
 
+import copy
+
 import gymnasium as gym
+import literal
 import pytest
 import rl2
 import torch
 from conftest import train
+from torch.distributions import Normal
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +134,36 @@ def test_the_first_step_has_ratios_of_one_and_the_second_has_not(monkeypatch):
     agent, trial = play(once)
     losses = rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), once)
     assert losses["policy_loss"] == pytest.approx(0, abs=1e-5) == losses["approx_kl"]
+
+
+def test_ppo_against_literal_steps():
+    """Full-batch gradient descent on both networks, each with its own clip; the memory is encoded step by step."""
+    args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8, entropy=0.3, encoder_clip=0.02)
+    args.horizon = 10
+    env = gym.make_vec("point-goal-4c", num_envs=4, horizon=10)
+    agent, reward = rl2.make_agent(3, 2, args), torch.randn(20, 4)
+    trial = rl2.run_trial(env, env.unwrapped.task_set("train")[:4], 0, agent, args, test=False)
+    twin, (first, second) = copy.deepcopy(agent), trial
+    rl2.ppo_update(agent, {0: torch.optim.SGD(agent.parameters(), 0.5)}, trial, reward, args)
+
+    policy, encoder = twin["policy"], twin["encoder"]
+    action, sample, paid = (torch.cat([getattr(e, x) for e in trial]) for x in ("action", "sample", "reward"))
+    obs, belief = torch.cat([first.obs[1:], second.obs[1:]]), torch.cat([first.belief[:10], second.belief])
+    with torch.no_grad():
+        pi, value = policy(belief)
+        old = Normal(pi.mean[:-1], pi.stddev[:-1]).log_prob(sample).sum(-1).flatten()
+    (advantage, target), clips = literal.targets(reward, value, 0.9, 0.8), []
+    for _ in range(3):
+        h = [torch.zeros(4, args.hidden)]
+        for t in range(19):
+            h.append(encoder(action[t : t + 1], paid[t : t + 1], obs[t : t + 1], h[-1])[0])
+        acted = *policy(encoder.belief(torch.stack(h))), sample, old, value[:-1].flatten()
+        loss, left = literal.ppo_loss(*acted, advantage, target, 0.3)
+        cut = literal.descend(loss, [([*policy.parameters()], 0.5), ([*encoder.parameters()], 0.02)], 0.5)
+        clips.append((left, cut))
+    assert all(map(any, zip(*clips))), "a case in which all clips matter"
+    for p, wanted in zip(agent.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("anneal", [True, False])

@@ -3,6 +3,7 @@
 import copy
 
 import gymnasium as gym
+import literal
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,38 @@ def test_one_update_moves_the_encoder_and_not_the_policy():
     assert moved == {"encoder", "reward_decoder"}
 
 
+def test_one_step_on_the_elbo_against_a_literal_one():
+    """Nothing is left of earlier gradients, and the norm of every network is cut by its own."""
+    args, batch = small_args(state_decoder=(9, 5)), [100 * x for x in trials()]
+    agent = varibad.make_agent(6, 2, 2, args)
+    twin = copy.deepcopy(agent)
+    varibad.elbo_loss(agent, *batch, args)["loss"].backward()
+    torch.manual_seed(1)
+    varibad.vae_update(agent, torch.optim.SGD(agent.parameters(), 0.5), batch, args)
+    torch.manual_seed(1)
+    loss = varibad.elbo_loss(twin, *batch, args)["loss"]
+    groups = [([*twin[name].parameters()], 1.0) for name in ("encoder", "reward_decoder", "state_decoder")]
+    assert literal.descend(loss, groups, 0.5)
+    for p, wanted in zip(agent.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, wanted)
+
+
+def test_the_policy_is_paid_scaled_rewards_and_trials_enter_the_buffer_in_their_order(monkeypatch, tmp_path):
+    scaled, paid, added, add = [], [], [], varibad.TrialBuffer.add
+    monkeypatch.setattr(
+        varibad, "scale_rewards", lambda *a, f=varibad.scale_rewards: scaled.append((a[1], f(*a))) or scaled[-1][1]
+    )
+    monkeypatch.setattr(varibad, "ppo_update", lambda *a, f=varibad.ppo_update: paid.append(a[3]) or f(*a))
+    monkeypatch.setattr(varibad.TrialBuffer, "add", lambda self, *pair: added.append(pair) or add(self, *pair))
+    train(varibad, env="point-goal-4c", horizon=5, num_envs=4, frames=160, run_dir=str(tmp_path), eval_every=9)
+    assert len(scaled) == len(added) == 4 == 1 + len(paid)
+    for (raw, wanted), reward in zip(scaled[1:], paid):  # of the first trials only the scale is learned
+        assert torch.equal(reward, wanted) and not torch.allclose(reward, raw, atol=0.1)
+    for first, second in added:
+        assert torch.equal(first.belief[-1], second.belief[0])
+        assert not torch.equal(first.belief[0], second.belief[-1])
+
+
 # -- sampler -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +235,7 @@ def test_ppo_against_literal_steps():
     policy, trial, reward = varibad.Policy(6, 6, 2, args), make_trial(), torch.randn(10, 4)
     twin = copy.deepcopy(policy)
     varibad.ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.5), trial, reward, args)
-    literal_ppo(twin, twin.observe, trial, reward, args)
+    literal_ppo(twin, twin.observe, trial, reward)
     for p, wanted in zip(policy.parameters(), twin.parameters()):
         torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
 
