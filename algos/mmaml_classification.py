@@ -100,7 +100,7 @@ class Args:
     ways: int = 5  # N, classes of a task
     horizon: int = 16  # images of every class in a task: K for the adaptation, the others to be classified
     shots: int = 1  # K, support images of every class
-    inner_steps: int = 5  # n, gradient steps of the adaptation (0: modulation alone)
+    inner_steps: int = 5  # n, gradient steps of the adaptation (0: modulation alone; of MAML: pre-training)
     alpha: float = 0.05  # α, inner step size
     inner_clip: float = 20.0  # largest entry of an inner gradient (0: no limit)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
@@ -170,10 +170,10 @@ class Modulation(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.args, halves = args, 2 if args.modulation == "film" else 1
-        self.convs = make_convs(args.channels)
+        self.args, self.convs = args, make_convs(args.channels)
         self.affine = nn.ParameterList(torch.zeros(2 * width) for width in args.channels)  # γ - 1 and β of each norm
         self.linear = make_linear(args.channels[-1] + args.encoder_labels * args.ways, args.embedding)
+        halves = 2 if args.modulation == "film" else 1
         self.heads = nn.ModuleList(make_linear(args.embedding, halves * width) for width in args.channels)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -226,14 +226,19 @@ def split(classes: Classes, shares: tuple[float, ...] = SHARES, sort: bool = Tru
     """In an order shuffled with the official seed (D3)."""
     names = sorted(classes) if sort else [*classes]
     np.random.RandomState(123).shuffle(names)
-    first, second = (round(len(names) * share) for share in (shares[0], shares[0] + shares[1]))
-    parts = dict(train=names[:first], val=names[first:second], test=names[second:])
+    end_train, end_val = (round(len(names) * share) for share in (shares[0], shares[0] + shares[1]))
+    parts = dict(train=names[:end_train], val=names[end_train:end_val], test=names[end_val:])
     return {part: {name: classes[name] for name in chosen} for part, chosen in parts.items()}
 
 
 def folders(root: Path, pattern: str) -> Classes:
-    """A class is a folder of images."""
-    return {str(folder.relative_to(root)): sorted(folder.iterdir()) for folder in root.glob(pattern) if folder.is_dir()}
+    """A class is a folder of images; what else lies there, or is hidden, is left out."""
+    found = [folder for folder in root.glob(pattern) if folder.is_dir() and not folder.name.startswith(".")]
+    images = {".png", ".jpg", ".jpeg"}
+    return {
+        str(folder.relative_to(root)): sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in images)
+        for folder in found
+    }
 
 
 def omniglot(root: Path) -> dict[str, Classes]:
@@ -242,9 +247,12 @@ def omniglot(root: Path) -> dict[str, Classes]:
 
 
 def mini_imagenet(root: Path) -> dict[str, Classes]:
-    """miniimagenet/{train.csv,val.csv,test.csv}, which have filename,label, and miniimagenet/images/FILENAME"""
+    """miniimagenet/{train,val,test}/CLASS/IMAGE, or {train,val,test}.csv, with filename,label, and images/FILENAME"""
     parts, images = {}, root / "miniimagenet" / "images"
     for part in ("train", "val", "test"):
+        if (root / "miniimagenet" / part).is_dir():
+            parts[part] = folders(root / "miniimagenet" / part, "*")
+            continue
         classes = defaultdict(list)
         with (root / "miniimagenet" / f"{part}.csv").open() as file:
             for row in csv.DictReader(file):
@@ -346,12 +354,16 @@ class DataSet:
     def __init__(self, reader: Callable[[Path], dict[str, Classes]], args: Args):
         self.name, self.size, self.read_before = reader.__name__, args.img_size, {}
         with blame(f"{self.name} in --data {args.data}, which should have {reader.__doc__}"):
-            self.classes = {part: [*classes.values()] for part, classes in reader(Path(args.data)).items()}
-            for part, classes in self.classes.items():
+            parts = reader(Path(args.data))
+            for part, classes in parts.items():
                 if len(classes) < (1 if part == "val" else args.ways):
                     raise ValueError(f"{len(classes)} classes of {part} are too few for --ways {args.ways}")
-                if (least := min(map(len, classes))) < args.horizon:  # D5
-                    raise ValueError(f"a class of {part} has {least} images, --horizon {args.horizon} needs more")
+                for name, images in classes.items():
+                    if len(images) < args.horizon:  # D5
+                        raise ValueError(f"{part}, {name}: {len(images)} images, --horizon {args.horizon} needs more")
+                    if isinstance(images[0], Path) and not images[0].is_file():
+                        raise FileNotFoundError(images[0])
+            self.classes = {part: [*classes.values()] for part, classes in parts.items()}
 
     def image(self, part: str, number: int, index: int) -> np.ndarray:
         """[S, S, 3] uint8."""
@@ -529,6 +541,14 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
     return {name: float(returns.mean())} | (by_cluster if len(present) > 1 else {})
 
 
+# Copied from algos/mmaml_regression.py
+def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """Half the width of the 95 % interval of a mean over tasks: of every true cluster, and of all, in equal parts."""
+    groups = {m: scores[clusters == m] for m in np.unique(clusters)}
+    halves = {f"{name}_cluster_{m}": float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) for m, x in groups.items()}
+    return {name: float(np.linalg.norm([*halves.values()])) / len(halves)} | halves
+
+
 def score_tasks(
     tasks: envs.Tasks, data: list[DataSet], part: str, agent: nn.ModuleDict, args: Args
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -560,10 +580,7 @@ def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args:
     scores, embedding = score_tasks(tasks, data, "test", agent, args)
     for k, accuracies in {0: scores[0], steps: scores[-1]}.items():
         metrics |= returns_by_cluster(f"eval/return_step_{k}", accuracies, cluster)
-    groups = {"": cluster >= 0} | {f"_cluster_{m}": cluster == m for m in np.unique(cluster)}
-    for suffix, mine in groups.items():
-        half = 1.96 * scores[-1, mine].std(ddof=1) / np.sqrt(mine.sum())
-        metrics[f"eval/interval_step_{steps}{suffix}"] = float(half)
+    metrics |= intervals(f"eval/interval_step_{steps}", scores[-1], cluster)
     if all(len(one.classes["val"]) >= args.ways for one in data):  # MINI-IMAGENET has 16 classes
         validation, _ = score_tasks(tasks, data, "val", agent, args)
         metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)

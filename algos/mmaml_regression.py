@@ -91,7 +91,7 @@ class Args:
     tasks: int = 125  # number of tasks per meta-iteration, in equal parts of every family
     horizon: int = 10  # points of a task: K for the adaptation, the others to be predicted
     shots: int = 5  # K, support points
-    inner_steps: int = 5  # n, gradient steps of the adaptation in training (0: the LSTM learner, D6)
+    inner_steps: int = 5  # n, gradient steps of the adaptation (0: the LSTM learner, D6; of MAML: pre-training)
     alpha: float = 0.001  # α, inner step size
     inner_clip: float | None = None  # largest entry of an inner gradient (0: no limit; default: 10 if modulated, D5)
     low_rank: bool = True  # keep adapted weights in low rank, which is faster (else a copy of θ for every task)
@@ -106,9 +106,6 @@ class Args:
 PAPER: dict[str, dict] = {"functions-2m": dict(tasks=50), "functions-3m": dict(tasks=75)}  # 25 tasks of every family
 FAST: dict[str, dict] = {}
 MAY_BE_0 = ("seed", "num_threads", "bias_dim", "inner_steps", "eval_steps")
-NOISE = 0.3  # standard deviation of the outputs, of support and query points
-LOW = np.array([[0.1, 0, 0], [-3, 0, -3], [0.02, -3, -3], [-3, -3, -3], [-3, -3, -3]])  # a, c, b of every family
-HIGH = np.array([[5, np.pi, 0], [3, 0, 3], [0.15, 3, 3], [3, 3, 3], [3, 3, 3]])
 
 
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
@@ -171,11 +168,29 @@ def modulate(a: Tensor, tau: Tensor, operator: str) -> Tensor:
 # == Sampler ===========================================================================================================
 
 
+class Family(NamedTuple):
+    """Functions a s(x - c) + b, of uniform parameters."""
+
+    shape: Callable[[Tensor], Tensor]  # s
+    low: tuple[float, float, float]  # least a, c, b
+    high: tuple[float, float, float]  # largest
+    both_signs: bool = False  # of a
+
+
+FAMILIES = (  # an environment has the first two, three or five
+    Family(torch.sin, (0.1, 0, 0), (5, math.pi, 0)),
+    Family(torch.positive, (-3, 0, -3), (3, 0, 3)),  # a line
+    Family(torch.square, (0.02, -3, -3), (0.15, 3, 3), both_signs=True),
+    Family(torch.tanh, (-3, -3, -3), (3, 3, 3)),
+    Family(torch.abs, (-3, -3, -3), (3, 3, 3)),
+)
+NOISE = 0.3  # standard deviation of the outputs, of support and query points
+
+
 def value(params: Tensor, x: Tensor) -> Tensor:
-    """The functions, without noise: params [task, 4] (family; a, c, b) and x [task, point] -> a s(x - c) + b."""
+    """The functions, without noise: params [task, 4] (family; a, c, b), x [task, point] -> [task, point]."""
     family, a, c, b = params[..., None].unbind(1)  # [task, 1]
-    z = x - c
-    shapes = torch.stack([z.sin(), z, z.square(), z.tanh(), z.abs()])  # [family, task, point]
+    shapes = torch.stack([each.shape(x - c) for each in FAMILIES])  # [family, task, point]
     return a * shapes[family[:, 0].long(), torch.arange(len(x), device=x.device)] + b
 
 
@@ -192,8 +207,10 @@ class Functions5M(envs.TaskVectorEnv):
         self.x, self.clean, self.y = np.zeros((3, self.num_envs))
 
     def draw(self, cluster, rng):
-        params = rng.uniform(LOW[cluster], HIGH[cluster])
-        params[:, 0] *= np.where((cluster == 2) & (rng.uniform(size=len(cluster)) < 0.5), -1, 1)
+        families = [FAMILIES[m] for m in cluster]
+        params = rng.uniform([f.low for f in families], [f.high for f in families])
+        negative = np.array([f.both_signs for f in families]) & (rng.uniform(size=len(families)) < 0.5)
+        params[negative, 0] *= -1
         return np.column_stack([cluster, params])
 
     def nearest_cluster(self, params):
@@ -344,7 +361,7 @@ class LowRank(NamedTuple):
         inputs, deltas, excess = self.changes[i]
         a = (h.flatten(0, 1) @ self.weights[i]).unflatten(0, h.shape[:2])
         a = torch.baddbmm(a, torch.bmm(h, inputs.mT), deltas) if inputs.shape[1] else a
-        for task, row, unit, e in excess:
+        for task, row, unit, e in excess:  # h α E: to a[task, :, unit] comes h[task, :, row] e
             a = a.mT.index_put((task, unit), h.mT[task, row] * e[:, None], accumulate=True).mT
         return a
 
@@ -356,9 +373,9 @@ class LowRank(NamedTuple):
         for (h, _), delta, (inputs, deltas, excess) in zip(layers, gradients, self.changes):
             with torch.no_grad():  # no entry of Hᵀ Δ is larger than the sum over points of max |H| max |Δ|
                 near = ((h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1) > clip).nonzero()[:, 0]  # tasks
-                task, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
-            if len(task):  # mostly few: no dense E
-                task = near[task]
+                i, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
+            if len(i):  # mostly few: no dense E
+                task = near[i]
                 gradient = (h.mT[task, row] * delta.mT[task, unit]).sum(-1)
                 excess = [*excess, (task, row, unit, args.alpha * (gradient - gradient.clamp(-clip, clip)))]
             changes.append((torch.cat([inputs, h], 1), torch.cat([deltas, -args.alpha * delta], 1), excess))
@@ -416,6 +433,13 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
     return {name: float(returns.mean())} | (by_cluster if len(present) > 1 else {})
 
 
+def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """Half the width of the 95 % interval of a mean over tasks: of every true cluster, and of all, in equal parts."""
+    groups = {m: scores[clusters == m] for m in np.unique(clusters)}
+    halves = {f"{name}_cluster_{m}": float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) for m, x in groups.items()}
+    return {name: float(np.linalg.norm([*halves.values()])) / len(halves)} | halves
+
+
 def predictions(
     agent: nn.ModuleDict, support: Pairs, x: Tensor, learner: np.ndarray, steps: int, args: Args, modulated: bool = True
 ) -> np.ndarray:
@@ -450,15 +474,13 @@ def evaluate(tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict,
         metrics |= returns_by_cluster(f"eval/return_step_{k}", -error[k], cluster)
     for k in sorted({0, steps}):
         metrics |= returns_by_cluster(f"eval/clean_error_step_{k}", clean[k], cluster)
-        groups = {"": cluster >= 0} | {f"_cluster_{m}": cluster == m for m in np.unique(cluster)}
-        for suffix, of_group in groups.items():
-            half = 1.96 * error[k, of_group].std(ddof=1) / np.sqrt(of_group.sum())
-            metrics[f"eval/interval_step_{k}{suffix}"] = float(half)
+        metrics |= intervals(f"eval/interval_step_{k}", error[k], cluster)
 
     few = np.arange(4 * len(np.unique(cluster)))  # clusters are in turn
     x = torch.linspace(-5, 5, 101, device=args.device).expand(len(few), -1)
-    grid = support.of(few), x[..., None], learner[few], steps, args
-    curves = np.stack([predictions(agent, *grid, modulated=False)[0], *predictions(agent, *grid)[[0, -1]]])
+    plain = predictions(agent, support.of(few), x[..., None], learner[few], 0, args, modulated=False)
+    adapted = predictions(agent, support.of(few), x[..., None], learner[few], steps, args)
+    curves = np.stack([plain[0], adapted[0], adapted[-1]])
     truth = value(torch.from_numpy(tasks.params[few]).to(x), x)
     pairs = torch.cat([support.x, support.y], -1)[few]
     arrays = dict(params=tasks.params[:SHOWN], cluster=cluster[:SHOWN], error=error[:, :SHOWN], curves=curves)

@@ -159,8 +159,8 @@ def meta_batch(buffer: nn.ParameterDict, iteration: int, rng: torch.Generator, a
 
 def make_buffer(args: Args) -> nn.ParameterDict:
     """B of every agent: indices of the points of its last batch, and their returns; at first of none."""
-    none = torch.zeros(len(STRATEGIES), args.repeats, args.tasks, dtype=torch.float64, device=args.device)
-    parts = dict(tasks=none.long(), returns=none)
+    zeros = torch.zeros(len(STRATEGIES), args.repeats, args.tasks, dtype=torch.float64, device=args.device)
+    parts = dict(tasks=zeros.long(), returns=zeros)
     return nn.ParameterDict({k: nn.Parameter(x, requires_grad=False) for k, x in parts.items()})
 
 
@@ -195,24 +195,15 @@ def returns_of(theta: Tensor, goals: Tensor) -> Tensor:
 # == Evaluation ========================================================================================================
 
 
-# Copied from algos/milet.py
-def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """The mean of the returns [task] and, if there are several, of every true cluster."""
-    present = np.unique(clusters)
-    by_cluster = {f"{name}_cluster_{m}": float(returns[clusters == m].mean()) for m in present}
-    return {name: float(returns.mean())} | (by_cluster if len(present) > 1 else {})
-
-
-def evaluate(tasks: envs.Tasks, theta: Tensor) -> tuple[dict, dict]:
-    """Mean return of the agents of each strategy in all points, pooled and by cluster, Eq. (3); where they are.
+def evaluate(test_tasks: envs.Tasks, tasks: envs.Tasks, theta: Tensor) -> tuple[dict, dict]:
+    """Mean return, Eq. (3), of the agents of each strategy in the held-out tasks, all of them useful; where they are.
 
     The distance is that of an agent to the centre of the useful points, the mean over agents; x and y are the position
-    of the first one. For the figure, of all agents: theta [strategy, repeat, 2].
+    of the first one. For the figure: the training tasks, and theta [strategy, repeat, 2] of all agents.
     """
     theta, metrics = theta.cpu(), {}
     for strategy, positions in zip(STRATEGIES, theta):
-        returns = returns_of(positions, torch.from_numpy(tasks.params)).mean(0).numpy()
-        metrics |= returns_by_cluster(f"eval/return_{strategy}", returns, tasks.cluster)
+        metrics[f"eval/return_{strategy}"] = returns_of(positions, torch.from_numpy(test_tasks.params)).mean().item()
         distance = torch.linalg.vector_norm(positions - torch.from_numpy(CENTRES[0]), dim=-1).mean()
         x, y = positions[0].tolist()
         metrics |= {f"eval/distance_{strategy}": distance.item(), f"eval/x_{strategy}": x, f"eval/y_{strategy}": y}
@@ -224,7 +215,8 @@ def evaluate(tasks: envs.Tasks, theta: Tensor) -> tuple[dict, dict]:
 
 def train(args: Args, run: "Run") -> None:
     """Algorithm 2 of the paper, of all agents at once."""
-    tasks = run.make_env(1).unwrapped.task_set("train")[:POINTS]  # 50 rounds of the cycle of clusters
+    env = run.make_env(1).unwrapped
+    tasks = env.task_set("train")[:POINTS]  # 50 rounds of the cycle of clusters
     points = torch.from_numpy(tasks.params).to(args.device)  # g [300, 2]
     is_noise = torch.from_numpy(tasks.cluster > 0).to(args.device)
 
@@ -232,7 +224,7 @@ def train(args: Args, run: "Run") -> None:
     agent, buffer = make_agent(args), make_buffer(args)
     theta = agent["theta"]
 
-    score = partial(evaluate, tasks, theta)
+    score = partial(evaluate, env.task_set("test"), tasks, theta)
     for iteration in run.loop(args.iterations, dict(agent=agent, buffer=buffer), score):
         # l. 3-6: L tasks of the buffer, and M - L fresh ones
         with run.timer("sample"):

@@ -278,10 +278,13 @@ def test_characters_are_turned_as_a_class(root):
 
 
 ERRORS = {
-    "nothing there": (lambda root: None, "should have miniimagenet/{train.csv,val.csv,test.csv}"),
+    "nothing there": (lambda root: None, "should have miniimagenet/{train,val,test}/CLASS/IMAGE, or"),
     "a list without its columns": (lambda root: (root / "miniimagenet" / "val.csv").write_text("a,b\nc,d\n"), "label"),
     "an empty list": (lambda root: (root / "miniimagenet" / "val.csv").write_text(""), "0 classes of val are too few"),
-    "too few images": (lambda root: make_mini_imagenet(root, ragged=True), "a class of train has 3 images"),
+    "a list whose images are elsewhere": (
+        lambda root: (root / "miniimagenet" / "images").rename(root / "images"), "FileNotFoundError: "
+    ),
+    "too few images": (lambda root: make_mini_imagenet(root, ragged=True), "train, n00000000: 3 images, --horizon"),
 }
 
 
@@ -296,6 +299,25 @@ def test_what_is_missing_gets_one_line_with_the_layout(tmp_path, case):
     message = str(caught.value)
     start = f"mmaml_classification.py: error: mini_imagenet in --data {tmp_path}, which should have miniimagenet/"
     assert message.startswith(start) and words in message and "\n" not in message
+
+
+def test_mini_imagenet_may_be_in_folders_and_what_else_lies_there_is_left_out(root, tmp_path):
+    """As the official code reads it: the same classes, of the same images, as by lists."""
+    lists = few.mini_imagenet(root)
+    for part, classes in lists.items():
+        for name, images in classes.items():
+            for image in images:
+                copy = tmp_path / "miniimagenet" / part / name / image.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(image.read_bytes())
+    (tmp_path / "miniimagenet" / "train" / ".ipynb_checkpoints").mkdir()
+    for stray in (".DS_Store", "._1.jpg", "Thumbs.db"):
+        (copy.parent / stray).touch()
+    found = few.mini_imagenet(tmp_path)
+    for part, classes in lists.items():
+        assert found[part].keys() == classes.keys()
+        for name, images in classes.items():
+            assert [image.name for image in found[part][name]] == [image.name for image in images]
 
 
 @pytest.mark.parametrize("reader", MAKERS, ids=lambda r: r.__name__)
@@ -610,7 +632,8 @@ def test_evaluation_against_plain_means(monkeypatch, form):
         assert metrics[f"eval/return_step_0{suffix}"] == pytest.approx(test[0].mean())
         assert metrics[f"eval/return_step_{n}{suffix}"] == pytest.approx(test[-1].mean())
         assert metrics[f"eval/validation_step_{n}{suffix}"] == pytest.approx(scores[1, -1, mine].mean())
-        half = 1.96 * np.sqrt(test[-1].var(ddof=1) / mine.sum())
+        values = test[-1].reshape(-1, 1 if suffix else 2)  # a column a data set: data sets do not vary
+        half = 1.96 * np.sqrt((values.var(0, ddof=1) / len(values)).sum()) / values.shape[1]
         assert metrics[f"eval/interval_step_{n}{suffix}"] == pytest.approx(half)
 
 
