@@ -70,6 +70,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -657,7 +658,8 @@ class Run:
     """What surrounds an algorithm: random numbers, environments, run folder, checkpoints, logs, progress, signals."""
 
     def __init__(self, args: Args):
-        name = args.name or f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        name = args.name or f"{args.env.split(':')[-1]}__{SCRIPT}__{args.seed}__{now}"
         self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
         self.args, self.owner, self.bar, self.spoke = args, f"{SCRIPT}.py on {args.env}", None, time.time()
         self.iteration, self.frames, self.stopped = 0, 0, 0  # frames: environment steps, which the algorithm counts
@@ -675,24 +677,26 @@ class Run:
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
             return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
-        if self.args.resume:
-            self.load("checkpoint.pt", state)
-        self.open(iterations)
-        if self.iteration == 0:
-            self.save()
-            self.evaluation()
-        while self.iteration < iterations:
-            self.iteration += 1
-            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
-            yield self.iteration
-            self.bar.update()
-            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
-                self.evaluation()
-            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+        with FileLock(self.path / "in-use.lock", blocking=False):  # by one process at a time
+            if self.args.resume:
+                self.load("checkpoint.pt", state)
+                fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
+            self.open(iterations)
+            if self.iteration == 0:
                 self.save()
-                if self.stopped:
-                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
-                    raise SystemExit(128 + self.stopped)
+                self.evaluation()
+            while self.iteration < iterations:
+                self.iteration += 1
+                self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+                yield self.iteration
+                self.bar.update()
+                if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
+                    self.evaluation()
+                if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                    self.save()
+                    if self.stopped:
+                        tqdm.write(f"signal {self.stopped}; to continue: python {sys.argv[0]} --resume {self.path}")
+                        raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
     @contextmanager
@@ -737,7 +741,6 @@ class Run:
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
-        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume or self.args.name))
         stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
         (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
         os.replace(self.path / "saving.json", self.path / "args.json")
@@ -750,7 +753,6 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
-        self.tensorboard.add_text("args", "\n\n".join(f"{key}: {value}" for key, value in stored.items()))
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -768,8 +770,7 @@ class Run:
         with blame(f"{self.path / name} is missing, damaged, or of other arguments"):
             saved = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
             fail(f"{self.path} belongs to {saved['owner']}, not to {self.owner}", when=saved["owner"] != self.owner)
-            for key, part in parts.items():
-                part.load_state_dict(saved[key])
+            [part.load_state_dict(saved[key]) for key, part in parts.items()]
             self.iteration, self.frames = int(saved["iteration"]), int(saved["frames"])
             if self.args.resume:
                 self.columns, self.sizes, rng, torch_rng = saved["run"]
@@ -785,7 +786,6 @@ class Run:
 
 def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
-    fail("--total-timesteps is --frames or --iterations here", when=re.search("--total.timestep", " ".join(argv)))
     given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
@@ -799,9 +799,11 @@ def parse_args(argv: list[str]) -> Args:
     if folder := str(rows.parent) if begun else folder:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
-            differ = stored.keys() ^ {"script", *asdict(default)} if stored["script"] == SCRIPT else [stored["script"]]
-            fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
-            stored = TypeAdapter(Args).validate_json(json.dumps(stored), strict=True)
+            fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
+            lacks, unknown = asdict(Args()).keys() - stored.keys(), stored.keys() - asdict(Args()).keys()
+            fail(f"{folder} does not fit this {SCRIPT}.py, which has no {', '.join(sorted(unknown))}", when=unknown)
+            [tqdm.write(f"{folder} is from before {name}: {getattr(Args, name)}") for name in sorted(lacks)]
+            stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
             env = envs.find(stored.env)
         default = replace(default, resume=folder) if begun else stored
     about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
@@ -813,8 +815,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    for message, holds in check(args, env).items():
-        fail(message, when=not holds)
+    [fail(message) for message, holds in check(args, env).items() if not holds]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 
@@ -828,6 +829,6 @@ if __name__ == "__main__":  # faults of the user or of the machine become one li
     except FloatingPointError as error:
         fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
     except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|iostream", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|stream|ed pos", str(error)):
             raise
         fail(str(error) or type(error).__name__)
