@@ -333,6 +333,7 @@ main() {
     case $1 in
       -j) jobs=${2:-} && set -- "${@:2}" ;;
       -n) dry=yes ;;
+      -h | --help) ;; # the list
       --only) only=$2 && set -- "${@:2}" ;; # in a job: this run, or this figure, and nothing else
       --) extra=("${@:2}") && break ;;
       -*) fail "no option $1; flags of the runs stand after --" ;;

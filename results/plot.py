@@ -729,8 +729,11 @@ def draw(options: Options) -> None:
     tables = [read_csv(run / "eval.csv") for run in options.runs]
     is_supervised = not SUPERVISED.isdisjoint(args["script"] for args in settings)
     env = None if is_supervised else make_env(settings[0])
-    if len(options.runs) == 1 and (run / "eval.npz").exists():
-        data = read_arrays(run / "eval.npz", env)
+    if len(options.runs) == 1:
+        if (run / "eval.npz").exists():
+            data = read_arrays(run / "eval.npz", env)
+        else:
+            print(f"{run} has no eval.npz, so that there are curves alone")
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         if is_supervised:

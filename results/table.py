@@ -5,7 +5,7 @@
 
 A cell is the mean over the seeds, ± their standard deviation where there are several, of what eval.csv holds of the
 held-out tasks after every episode or gradient step: returns (of the supervised scripts minus the squared
-error, or the accuracy), and the NMI. A run is a folder with args.json and eval.csv.
+error, or the accuracy; their frames are points and images), and the NMI. A run is a folder with args.json and eval.csv.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from plot import RETURN, Method, Unusable, methods, read_args, read_csv
+from plot import RETURN, SUPERVISED, Method, Unusable, methods, read_args, read_csv
 
 
 @dataclass
 class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders
     clusters: bool = False  # show every true cluster
-    digits: int = 1  # digits of returns after the point (errors and accuracies want three)
+    digits: int | None = None  # digits of returns after the point (default: 1; of errors and accuracies 3)
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -56,8 +56,12 @@ def main(options: Options) -> None:
             raise Unusable("a run is given twice")
         if len(names := {args["env"] for args in settings}) > 1:
             raise Unusable(f"runs of different environments in one table: {', '.join(sorted(names))}")
+        scripts = {args["script"] for args in settings}
+        if "rmaml_reaching" in scripts:
+            raise Unusable("rmaml_reaching.py has strategies, and no table: see its eval.csv")
         compared = methods(settings, [read_csv(run / "eval.csv") for run in options.runs])
-        print(table(compared, options.clusters, options.digits))
+        digits = options.digits if options.digits is not None else 3 if scripts <= SUPERVISED else 1
+        print(table(compared, options.clusters, digits))
     except (Unusable, OSError) as error:
         raise SystemExit(f"table.py: error: {' '.join(str(error).split())}") from None
 

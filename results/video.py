@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from mujoco.rendering.classic import gl_context
 from PIL import Image, ImageDraw, ImageFont
-from plot import CLUSTER_COLOURS, Unusable, make_env, read_args, read_arrays
+from plot import CLUSTER_COLOURS, SUPERVISED, Unusable, make_env, read_args, read_arrays
 
 import envs
 from envs.modes import Modes
@@ -215,9 +215,13 @@ def write_gif(frames: list[Image.Image], stay: list[int], path: Path) -> None:
 
 def render(options: Options) -> None:
     args = read_args(options.run)
-    path = options.run / "eval.npz"
+    path, script = options.run / "eval.npz", f"python algos/{args['script']}.py"
+    if args["script"] in {"rmaml_reaching", *SUPERVISED}:
+        raise Unusable(f"{options.run} is of {args['script']}.py, which has no robot to be filmed")
     if not path.is_file():
-        raise Unusable(f"{options.run} has no eval.npz; --evaluate writes it")
+        weights = (options.run / "agent.pt").is_file()
+        how = f"{script} --evaluate {options.run} writes it" if weights else f"nor agent.pt: train it again, {script}"
+        raise Unusable(f"{options.run} has no eval.npz; {how}")
     data = read_arrays(path, make_env(args))
     if missing := sorted({"action", "seed"} - data.keys()):
         raise Unusable(f"{path} has no {' and no '.join(missing)}: it cannot be replayed")

@@ -56,3 +56,12 @@ def test_what_cannot_stand_in_one_table(tmp_path):
 def test_wrong_input_gets_one_line(runs, message):
     done = subprocess.run([sys.executable, ROOT / "results" / "table.py", *runs], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_accuracies_have_three_digits_and_the_toy_no_table(tmp_path, capsys):
+    run = make_run(tmp_path / "run", script="mmaml_classification", env="drawn-3m", kind="step", ks=(0, 5))
+    table.main(table.Options((run,)))
+    assert [len(cell.split(".")[1]) for cell in rows(capsys.readouterr().out)[2][2:]] == [3, 3]
+    toy = make_run(tmp_path / "toy", script="rmaml_reaching", env="reaching-2d")
+    with pytest.raises(SystemExit, match="has strategies, and no table"):
+        table.main(table.Options((toy,)))
