@@ -100,7 +100,7 @@ class Args:
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
     modulation: Literal["film-scale", "film", "softmax", "sigmoid", "none"] = "film-scale"  # of hidden units by τ (D14)
-    encoder_width: int = 64  # width of the task encoder's GRU and layers
+    encoder_width: int = 64  # width of the task encoder's GRU and layers (not used with --modulation none)
     encoder_official_bug: bool = False  # show the encoder only 5 K transitions, cut as in the official code (D13)
     modulate_first_step: bool = False  # take the first inner gradient with τ, as the paper's listing has it (D12)
 

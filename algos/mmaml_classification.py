@@ -108,7 +108,7 @@ class Args:
     eval_episodes: int = 100  # held-out tasks of every data set at an evaluation (at most 1000)
 
     channels: tuple[int, ...] = (32, 64, 128, 256)  # channels of the convolutions of both networks
-    embedding: int = 128  # size of υ
+    embedding: int = 128  # size of υ (not used with --modulation none)
     lr: float = 1e-3  # β, learning rate of Adam
 
 

@@ -85,9 +85,9 @@ class Args:
 
     oracle: bool = False  # Multi-MAML: a learner for every true family (with --modulation none)
     modulation: Literal["film", "softmax", "sigmoid", "none"] = "film"  # operator ⊙ of Eq. (3) (none: MAML)
-    modulated_layers: int = 3  # number of hidden layers that are modulated, from the first on (D2)
+    modulated_layers: int = 3  # number of hidden layers that are modulated, from the first on (D2; if any are)
     sort: bool = True  # sort the support points by x before the LSTM reads them (D1)
-    bias_dim: int = 20  # with --modulation none: size of the learned vector beside x (D3)
+    bias_dim: int = 20  # with --modulation none alone: size of the learned vector beside x (D3)
 
     tasks: int = 125  # number of tasks per meta-iteration, in equal parts of every family
     horizon: int = 10  # points of a task: K for the adaptation, the others to be predicted
@@ -99,7 +99,7 @@ class Args:
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
 
     hidden: tuple[int, ...] = (100, 100, 100)  # widths of the task network's hidden layers
-    lstm_hidden: int = 40  # width of the LSTM, in each direction
+    lstm_hidden: int = 40  # width of the LSTM, in each direction (not used with --modulation none)
     lr: float = 1e-3  # β, learning rate of Adam
     outer_clip: float = 2.0  # largest norm of the meta-gradient, of a learner and of the modulation network each
 
