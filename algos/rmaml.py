@@ -96,7 +96,7 @@ class Args:
     alpha_0: float = 0.01  # α_0, step size of α (0: α stays as it is)
     rates: Literal["scalar", "layer", "parameter"] = "scalar"  # what has an α of its own: all, a layer, a parameter
     strategy: Literal["easy", "medium", "hard", "uniform"] = "medium"  # tasks that are replayed (uniform: none)
-    max_share: float = 0.25  # MAX_L / M, share of replayed tasks in the last meta-batch (D14; not used with --strategy uniform)
+    max_share: float = 0.25  # MAX_L / M, share of replayed tasks in the last meta-batch (D14; uniform: not used)
     outer: Literal["trpo", "sgd"] = "trpo"  # outer step: that of the text, or that of the listing (D11)
     inner_loss: Literal["log-likelihood", "likelihood-ratio", "dice"] = "log-likelihood"  # form of Eq. (1)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
@@ -107,7 +107,7 @@ class Args:
     action_scale: float = 10.0  # half the width of the policy's action box, which is mapped to [-1, 1]
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 1.0  # λ of generalised advantage estimation
-    delta: float = 0.01  # δ, trust region: largest mean KL between adapted policies (as what follows, not used with --outer sgd)
+    delta: float = 0.01  # δ, trust region: largest mean KL between adapted policies (sgd: not used)
     kl_slack: float = 0.0  # part of δ by which an accepted step may exceed it (D12)
     cg_iterations: int = 10  # iterations of conjugate gradient
     damping: float = 1e-5  # multiple of the identity added to H (D3)

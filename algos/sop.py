@@ -90,7 +90,7 @@ class Args:
     clusters: int = 2  # number of clusters and of members, the paper's K
     embedding: Literal["fisher", "state-next-state", "latent", "gradient"] = "fisher"  # φ(T), Eq. (9)-(12)
     probe_iterations: int = 50  # iterations in which the probe learns (0: none; not used with --oracle)
-    embed_repeats: int = 50  # episodes of the probe in each training task, the points to be clustered (not used with --oracle)
+    embed_repeats: int = 50  # episodes of the probe in each training task, every one a point to be clustered
     oracle: bool = False  # members by the true clusters, without a probe
     train_tasks: int = 4  # number of training tasks, the first different ones of the environment's training set
     horizon: int = 200  # H, steps per episode (default: the environment's own)
