@@ -336,11 +336,12 @@ class Encoder(nn.Module):
         n, k, h = batch.reward.shape
         steps = batch.taken.sum(-1)  # [task, rollout]
         if args.encoder_official_bug:  # D13
-            x = nn.functional.pad(x[:, : 5 * k].unflatten(1, (k, 5)), (0, 0, h - 5, 0))
+            pieces = x[:, : 5 * k].unflatten(1, (k, 5))  # [task, piece, 5, inputs]
+            x = nn.functional.pad(pieces, (0, 0, h - 5, 0))  # zeros, then the piece
             steps = torch.full_like(steps, h)
         state, _ = self.gru(x.reshape(n * k, h, -1))
         state = nn.functional.pad(state, (0, 0, 1, 0))  # [rollout, step + 1, width]: 0 before the first step
-        last = state[torch.arange(n * k), steps.flatten()]  # D17
+        last = state[torch.arange(n * k), steps.flatten()]  # [rollout, width], D17
         upsilon = self.of_task(self.of_rollout(last).view(n, k, -1).mean(1))  # Eq. (7); Alg. 1, l. 6
         return upsilon, self.generator(upsilon)  # Eq. (8); Alg. 1, l. 7
 
@@ -364,8 +365,9 @@ def modulate(policy: GaussianPolicy, theta: Tensor, tau: Tensor | None, args: Ar
     """φ = θ ⊙ τ of Eq. (9), [task, d]: a unit x w + b with gain g and shift s becomes g (x w + b) + s."""
     if tau is None:
         return theta
-    parts = list(theta.split(policy.sizes, -1))
-    for w, (gain, shift) in zip(range(0, len(parts), 2), gains_and_shifts(tau, args)):  # parts: W, b, W, b, ..; log σ
+    parts = list(theta.split(policy.sizes, -1))  # W, b, W, b, ..; log σ
+    for layer, (gain, shift) in enumerate(gains_and_shifts(tau, args)):
+        w = 2 * layer
         weight = parts[w].unflatten(-1, policy.shapes[w])  # [task, in, unit]
         parts[w] = (weight * gain[:, None]).flatten(1)
         parts[w + 1] = parts[w + 1] * gain + shift
@@ -373,7 +375,7 @@ def modulate(policy: GaussianPolicy, theta: Tensor, tau: Tensor | None, args: Ar
 
 
 def modulated(policy: GaussianPolicy, tau: Tensor | None, args: Args) -> Callable:
-    """π_φ as a function of θ, not of φ, and of what it observes."""
+    """The policy with τ fixed: called with θ_k, it acts with φ_k."""
     return lambda theta, obs: policy(modulate(policy, theta, tau, args), obs)
 
 
@@ -466,7 +468,7 @@ def promp_update(
     policy: GaussianPolicy, agent: nn.ParameterDict, optimizer: torch.optim.Optimizer, learner: np.ndarray,
     data: list[Batch], args: Args,
 ) -> dict[str, float]:  # fmt: skip
-    """Steps of Adam on Eq. (5), in place; task i belongs to learner[i]. One more pass, the last, only measures."""
+    """Steps of Adam on Eq. (5), in place; task i trains learner[i]. One more pass, the last, only measures."""
     share = torch.from_numpy(1 / np.bincount(learner)[learner]).to(agent["theta"])  # for means over a learner's tasks
     surrogates = []
     for step in range(args.updates + 1):

@@ -303,7 +303,7 @@ def surrogate(mean: Tensor, log_std: Tensor, batch: Batch, clip: float = math.in
 
 
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
-    """L_i(θ; D) of Eq. (1), [task]; args is not read: what calls it is MAML's, whose losses need it."""
+    """L_i(θ; D) of Eq. (1), [task]. Does not use args, which MAML's adapt, copied below, passes."""
     return surrogate(*policy(theta, batch.obs), batch)
 
 
@@ -365,22 +365,23 @@ def promp_update(
     policy: GaussianPolicy, agent: nn.ParameterDict, optimizer: torch.optim.Optimizer, learner: np.ndarray,
     data: list[Batch], args: Args,
 ) -> dict[str, float]:  # fmt: skip
-    """Steps of Adam on Eq. (5), in place; task i trains learner[i]. A last pass, without a step, only measures."""
+    """Steps of Adam on Eq. (5), in place; task i trains learner[i]. One more pass, the last, only measures."""
     share = torch.from_numpy(1 / np.bincount(learner)[learner]).to(agent["theta"])  # for means over a learner's tasks
     surrogates = []
-    for updating in [True] * args.updates + [False]:
+    for step in range(args.updates + 1):
         optimizer.zero_grad()
         found = []
         for first in range(0, len(learner), CHUNK):
             part = slice(first, first + CHUNK)
             theta, alpha, eta = (agent[name][learner[part]] for name in ("theta", "alpha", "eta"))
-            loss, s, kls = meta_objective(policy, theta, [batch.of(part) for batch in data], alpha, eta, args)
-            if updating:
+            mine = [batch.of(part) for batch in data]
+            loss, s, kls = meta_objective(policy, theta, mine, alpha, eta, args)
+            if step < args.updates:
                 (share[part] * loss).sum().backward()
             found.append((s.detach(), kls.detach()))
         s, kls = (torch.cat(x, dim=-1) for x in zip(*found))  # [task], [n + 1, task]
         surrogates.append(s.mean())
-        if updating:
+        if step < args.updates:
             optimizer.step()
     stats = dict(surrogate_before=surrogates[0], surrogate_after=surrogates[-1], kl_outer=kls[-1].mean())
     for k, kl in enumerate(kls[:-1]):
