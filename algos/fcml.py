@@ -290,7 +290,7 @@ def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
 
 
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
-    """L_i(θ; D) of Eq. (1), [task] (D7); args is not read: what calls it is MAML's, whose losses need it."""
+    """L_i(θ; D) of Eq. (1), [task] (D7). Does not use args, which MAML's adapt, copied below, passes."""
     return -(batch.weight * log_prob(*policy(theta, batch.obs), batch) * batch.advantage).sum((1, 2))
 
 

@@ -287,7 +287,7 @@ def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
 
 
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
-    """L_i(θ; D) of Eq. (1), [task]; args is not read: what calls it is MAML's, which has other losses too."""
+    """L_i(θ; D) of Eq. (1), [task]. Does not use args, which MAML's adapt, copied below, passes."""
     return -(batch.weight * log_prob(*policy(theta, batch.obs), batch) * batch.advantage).sum((1, 2))
 
 

@@ -399,7 +399,7 @@ def surrogate(mean: Tensor, log_std: Tensor, batch: Batch, clip: float = math.in
 
 # Copied from algos/promp.py
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
-    """L_i(θ; D) of Eq. (1), [task]; args is not read: what calls it is MAML's, whose losses need it."""
+    """L_i(θ; D) of Eq. (1), [task]. Does not use args, which MAML's adapt, copied below, passes."""
     return surrogate(*policy(theta, batch.obs), batch)
 
 
