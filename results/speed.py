@@ -1,5 +1,8 @@
 """Speed on the machine at hand, into results/speed.csv: `./benchmark.sh speed`.
 
+    python results/speed.py                 all rows, 50 minutes
+    python results/speed.py WORD WORD ...   those that have one of the words in their name; the others stay
+
 The physics limit of an environment is the rate of bare `Batch.step` calls with random controls, with the copies,
 threads, bound fields and stage of the environment. Uniform controls, unless a script acts otherwise: how fast a robot
 is simulated depends on how it moves. A script is judged by the share of the limit that it reaches while it samples and
@@ -126,8 +129,15 @@ def maml_sampling(rounds: int = 12) -> tuple[float, float]:
     return float(bare), float(sampling)
 
 
-def main() -> None:
-    table = []
+def main(words: list[str]) -> None:
+    path, table, others = ROOT / "results" / "speed.csv", [], []
+    head = f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n"
+    if words and path.exists():
+        head, *lines = path.read_text().splitlines(keepends=True)
+        others = list(csv.DictReader(lines))
+
+    def wanted(what: str) -> bool:
+        return not words or any(word in what for word in words)
 
     def add(what: str, copies: int, frames_per_s: float, **columns: float) -> None:
         table.append({"what": what, "copies": copies, "frames_per_s": round(frames_per_s), **columns})
@@ -144,6 +154,8 @@ def main() -> None:
         **limit_of: object,
     ) -> None:
         """A row; the script is the first word of it. gradient_steps: in an iteration, for a rate of them."""
+        if not wanted(what):
+            return
         limits = [physics_limit(env_id, copies, **limit_of)]
         median = measure(what.split(".py")[0], warm_up, ["--env", env_id, *flags.split()], before)
         limit = (limits[0] + physics_limit(env_id, copies, **limit_of)) / 2
@@ -167,9 +179,10 @@ def main() -> None:
             for name, before in variants.items():
                 add_script(f"{script}.py {env_id}, H = 200{name}", env_id, copies, flags, 5, before, horizon=200)
 
-    limit, sampling = maml_sampling()
-    add("physics limit cheetah-dir, untrained policy", 800, limit)
-    add("sampling of maml.py cheetah-dir, untrained policy", 800, sampling, share=round(sampling / limit, 3))
+    if wanted(what := "sampling of maml.py cheetah-dir, untrained policy"):
+        limit, sampling = maml_sampling()
+        add("physics limit cheetah-dir, untrained policy", 800, limit)
+        add(what, 800, sampling, share=round(sampling / limit, 3))
     for script in ("maml", "promp", "rmaml", "mmaml"):
         what = f"{script}.py cheetah-dir, 40 tasks x 20 rollouts"
         add_script(what, "cheetah-dir", 800, "--iterations 14", 4, actions=untrained)
@@ -178,9 +191,10 @@ def main() -> None:
     what = "cml.py cheetah-dir, 2 learners x 40 tasks x 20 rollouts"
     add_script(what, "cheetah-dir", 1600, "--iterations 14", 4, actions=untrained)
     what = "cml.py ant-cheetah-dir, 2 learners x 40 tasks x 20 rollouts"
-    median = measure("cml", 2, ["--env", "ant-cheetah-dir", "--iterations", "5"])
-    columns = {"sample_s": round(median["time/sample"], 3), "update_s": round(median["time/update"], 3)}
-    add(what, 1600, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
+    if wanted(what):
+        median = measure("cml", 2, ["--env", "ant-cheetah-dir", "--iterations", "5"])
+        columns = {"sample_s": round(median["time/sample"], 3), "update_s": round(median["time/update"], 3)}
+        add(what, 1600, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
 
     for env_id, batch in {"cheetah-dir": "4 x 256", "ant-goal-4c": "16 x 256"}.items():
         flags = f"--iterations 4 --gradient-steps 100 --meta-batch {batch.split()[0]}"
@@ -192,7 +206,7 @@ def main() -> None:
 
     for env_id, env_class in envs.ENVIRONMENTS.items():
         if issubclass(env_class, envs.MujocoVectorEnv):
-            for copies in (16, 320):
+            for copies in (16, 320) if wanted(f"physics limit {env_id}") else ():
                 add(f"physics limit {env_id}", copies, physics_limit(env_id, copies))
 
     # No physics here: copies are tasks; updates_per_s are meta-iterations with second derivatives of five inner steps,
@@ -204,16 +218,20 @@ def main() -> None:
         ("mmaml_classification.py drawn-3m, MMAML", 6, 10, "--iterations 40 --eval-episodes 2", 0),
         ("metacure.py point-goal-sparse, 16 x 64", 10, 1, "--preset paper --iterations 4 --gradient-steps 100", 100),
     ):
+        if not wanted(what):
+            continue
         median = measure(what.split(".py")[0], warm_up, flags.split())
         sample, update = median["time/sample"], median["time/update"]
         columns = {"sample_s": round(sample, 4), "update_s": round(update, 4)}
         columns |= {"updates_per_s": round(gradient_steps / update if gradient_steps else 1 / (sample + update), 2)}
         add(what, tasks, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
 
-    with (ROOT / "results" / "speed.csv").open("w", newline="") as file:
-        file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")
+    new = {(row["what"], str(row["copies"])) for row in table}
+    with path.open("w", newline="") as file:
+        file.write(head)
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
+        writer.writerows(row for row in others if (row["what"], row["copies"]) not in new)
         writer.writerows(table)
     print()
     for row in [dict(zip(COLUMNS, COLUMNS)), *table]:
@@ -221,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
