@@ -333,7 +333,7 @@ main() {
     case $1 in
       -j) jobs=${2:-} && set -- "${@:2}" ;;
       -n) dry=yes ;;
-      -h | --help) ;; # the list
+      -h | --help) chosen='' && break ;; # the list
       --only) only=$2 && set -- "${@:2}" ;; # in a job: this run, or this figure, and nothing else
       --) extra=("${@:2}") && break ;;
       -*) fail "no option $1; flags of the runs stand after --" ;;

@@ -66,7 +66,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -656,7 +655,7 @@ class Run:
         self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / name)
         self.args, self.owner, self.bar, self.spoke = args, f"{SCRIPT}.py on {args.env}", None, time.time()
         self.iteration, self.frames, self.stopped = 0, 0, 0  # frames: environment steps, which the algorithm counts
-        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes at the checkpoint
+        self.columns, self.sizes = {}, {}  # of the CSV files: names, and bytes, which nobody else may change
         torch.manual_seed(args.seed)
         self.rng = torch.Generator().manual_seed(args.seed)  # on the CPU; like torch's own it is part of checkpoints
         torch.set_num_threads(min(args.num_threads or torch.get_num_threads(), os.cpu_count()))
@@ -670,26 +669,25 @@ class Run:
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
             return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
-        with FileLock(self.path / "in-use.lock", blocking=False):  # by one process at a time
-            if self.args.resume:
-                self.load("checkpoint.pt", state)
-                fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
-            self.open(iterations)
-            if self.iteration == 0:
-                self.save()
+        if self.args.resume:
+            self.load("checkpoint.pt", state)
+            fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
+        self.open(iterations)
+        if self.iteration == 0:
+            self.save()
+            self.evaluation()
+        while self.iteration < iterations:
+            self.iteration += 1
+            self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
+            yield self.iteration
+            self.bar.update()
+            if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
                 self.evaluation()
-            while self.iteration < iterations:
-                self.iteration += 1
-                self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
-                yield self.iteration
-                self.bar.update()
-                if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
-                    self.evaluation()
-                if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
-                    self.save()
-                    if self.stopped:
-                        tqdm.write(f"signal {self.stopped}; to continue: python {sys.argv[0]} --resume {self.path}")
-                        raise SystemExit(128 + self.stopped)
+            if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
+                self.save()
+                if self.stopped:
+                    tqdm.write(f"stopped by signal {self.stopped}; continue: python {sys.argv[0]} --resume {self.path}")
+                    raise SystemExit(128 + self.stopped)
         tqdm.write(f"{self.path}: args.json, metrics.csv, eval.csv, eval.npz, checkpoint.pt, agent.pt\n{figures}")
 
     @contextmanager
@@ -727,19 +725,21 @@ class Run:
         row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
         fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
         with (self.path / f"{name}.csv").open("a") as file:
+            fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
-            file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+            self.sizes[f"{name}.csv"] += file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
         for key, value in metrics.items():
             self.tensorboard.add_scalar(key, value, self.frames)
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
+        self.path.mkdir(parents=True, exist_ok=bool(self.args.resume or self.args.name))
         stored = {"script": SCRIPT} | asdict(replace(self.args, resume=None))
         (self.path / "saving.json").write_text(json.dumps(stored, indent=2) + "\n")
         os.replace(self.path / "saving.json", self.path / "args.json")
         for name in ("metrics.csv", "eval.csv"):
             with (self.path / name).open("a") as file:
-                file.truncate(min(file.tell(), self.sizes.get(name, 0)))
+                self.sizes[name] = file.truncate(min(file.tell(), self.sizes.get(name, 0)))
         if self.args.track:
             run = dict(name=self.path.name, id="-".join(self.path.resolve().parts[-3:]), dir=self.path, config=stored)
             with blame("--track (`wandb login` first, or set WANDB_MODE=offline)"):
@@ -751,8 +751,7 @@ class Run:
     def save(self) -> None:
         """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
         parts = {name: part.state_dict() for name, part in self.state.items()}
-        sizes = {file.name: file.stat().st_size for file in self.path.glob("*.csv")}
-        parts["run"] = self.columns, sizes, self.rng.get_state(), torch.get_rng_state()
+        parts["run"] = self.columns, self.sizes, self.rng.get_state(), torch.get_rng_state()
         for name, content in {"agent.pt": {"agent": parts["agent"]}, "checkpoint.pt": parts}.items():
             content |= dict(owner=self.owner, iteration=self.iteration, frames=self.frames)
             torch.save(content, self.path / "saving.pt")
@@ -793,9 +792,9 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            lacks, unknown = asdict(Args()).keys() - stored.keys(), stored.keys() - asdict(Args()).keys()
-            fail(f"{folder} does not fit this {SCRIPT}.py, which has no {', '.join(sorted(unknown))}", when=unknown)
-            [tqdm.write(f"{folder} is from before {name}: {getattr(Args, name)}") for name in sorted(lacks)]
+            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
+            [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
             env = envs.find(stored.env)
         default = replace(default, resume=folder) if begun else stored
@@ -822,6 +821,6 @@ if __name__ == "__main__":  # faults of the user or of the machine become one li
     except FloatingPointError as error:
         fail(f"iteration {run.iteration}: {error}; last good checkpoint: {run.path / 'checkpoint.pt'}")
     except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|stream|ed pos", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("allocate|Storage size|Writer|iostream", str(error)):
             raise
         fail(str(error) or type(error).__name__)

@@ -1,7 +1,7 @@
 """Speed on the machine at hand, into results/speed.csv: `./benchmark.sh speed`.
 
-    python results/speed.py                 all rows, 50 minutes
-    python results/speed.py WORD WORD ...   those that have one of the words in their name; the others stay
+    python results/speed.py                      all rows, 50 minutes
+    python results/speed.py WORD ... --out FILE  those that have one of the words in their name, of another machine
 
 The physics limit of an environment is the rate of bare `Batch.step` calls with random controls, with the copies,
 threads, bound fields and stage of the environment. Uniform controls, unless a script acts otherwise: how fast a robot
@@ -17,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+import tyro
 
 import envs
 
@@ -129,15 +131,17 @@ def maml_sampling(rounds: int = 12) -> tuple[float, float]:
     return float(bare), float(sampling)
 
 
-def main(words: list[str]) -> None:
-    path, table, others = ROOT / "results" / "speed.csv", [], []
-    head = f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n"
-    if words and path.exists():
-        head, *lines = path.read_text().splitlines(keepends=True)
-        others = list(csv.DictReader(lines))
+@dataclass
+class Options:
+    words: tyro.conf.Positional[tuple[str, ...]] = ()  # parts of the names of the wanted rows (none: all)
+    out: Path = ROOT / "results" / "speed.csv"  # written anew
+
+
+def main(options: Options) -> None:
+    table = []
 
     def wanted(what: str) -> bool:
-        return not words or any(word in what for word in words)
+        return not options.words or any(word in what for word in options.words)
 
     def add(what: str, copies: int, frames_per_s: float, **columns: float) -> None:
         table.append({"what": what, "copies": copies, "frames_per_s": round(frames_per_s), **columns})
@@ -179,10 +183,11 @@ def main(words: list[str]) -> None:
             for name, before in variants.items():
                 add_script(f"{script}.py {env_id}, H = 200{name}", env_id, copies, flags, 5, before, horizon=200)
 
-    if wanted(what := "sampling of maml.py cheetah-dir, untrained policy"):
+    limit_row, sampling_row = (f"{x} cheetah-dir, untrained policy" for x in ("physics limit", "sampling of maml.py"))
+    if wanted(limit_row) or wanted(sampling_row):
         limit, sampling = maml_sampling()
-        add("physics limit cheetah-dir, untrained policy", 800, limit)
-        add(what, 800, sampling, share=round(sampling / limit, 3))
+        add(limit_row, 800, limit)
+        add(sampling_row, 800, sampling, share=round(sampling / limit, 3))
     for script in ("maml", "promp", "rmaml", "mmaml"):
         what = f"{script}.py cheetah-dir, 40 tasks x 20 rollouts"
         add_script(what, "cheetah-dir", 800, "--iterations 14", 4, actions=untrained)
@@ -226,12 +231,12 @@ def main(words: list[str]) -> None:
         columns |= {"updates_per_s": round(gradient_steps / update if gradient_steps else 1 / (sample + update), 2)}
         add(what, tasks, median["charts/sps"], **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))
 
-    new = {(row["what"], str(row["copies"])) for row in table}
-    with path.open("w", newline="") as file:
-        file.write(head)
+    if not table:
+        raise SystemExit(f"speed.py: error: no row has one of these words: {' '.join(options.words)}")
+    with options.out.open("w", newline="") as file:
+        file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for row in others if (row["what"], row["copies"]) not in new)
         writer.writerows(table)
     print()
     for row in [dict(zip(COLUMNS, COLUMNS)), *table]:
@@ -239,4 +244,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(tyro.cli(Options, description=__doc__))

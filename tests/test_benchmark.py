@@ -161,3 +161,28 @@ def test_the_scripts_take_the_commands(campaign, count):
     for _, _, *words in figures:
         for word in words[: -2 if "--out" in words else None]:
             assert word in runs or (ROOT / word / "eval.csv").exists(), word
+
+
+def test_help_starts_nothing(house):
+    for words in (["--help"], ["ant", "-h"]):
+        result = benchmark(house, *words)
+        assert result.returncode == 0 and "CAMPAIGN" in result.stdout and not (house / "runs").exists()
+
+
+def test_speed_measures_the_named_rows_alone(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    speed = importlib.import_module("speed")
+    monkeypatch.setattr(speed, "physics_limit", lambda *args, **kwargs: 100.0)
+    row = {"charts/sps": 50.0, "time/sample": 1.0, "time/update": 3.0, "peak_memory_gb": 0.5}
+    monkeypatch.setattr(speed, "measure", lambda *args: row)
+    monkeypatch.setattr(speed, "maml_sampling", lambda: (100.0, 90.0))
+    out = tmp_path / "speed.csv"
+    speed.main(speed.Options(("rmaml", "physics limit hopper"), out))
+    names = [line.split(",")[0].strip('"') for line in out.read_text().splitlines()[2:]]
+    assert names == ["rmaml.py cheetah-dir", "physics limit hopper-params-4c", "physics limit hopper-params-4c"]
+    out.unlink()
+    with pytest.raises(SystemExit, match="no row has one of these words: nothing"):
+        speed.main(speed.Options(("nothing",), out))
+    assert not out.exists()
+    speed.main(speed.Options((), out))
+    assert len(out.read_text().splitlines()) > 60

@@ -311,11 +311,12 @@ def test_mini_imagenet_may_be_in_folders_and_what_else_lies_there_is_left_out(ro
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(image.read_bytes())
     (tmp_path / "miniimagenet" / "train" / ".ipynb_checkpoints").mkdir()
+    assert few.folders(tmp_path, "*/*/*").keys() == {f"miniimagenet/{p}/{name}" for p in lists for name in lists[p]}
     for stray in (".DS_Store", "._1.jpg", "Thumbs.db"):
         (copy.parent / stray).touch()
     found = few.mini_imagenet(tmp_path)
     for part, classes in lists.items():
-        assert found[part].keys() == classes.keys()
+        assert [*found[part]] == sorted(classes), "in an order that no file system has a part in"
         for name, images in classes.items():
             assert [image.name for image in found[part][name]] == [image.name for image in images]
 

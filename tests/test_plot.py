@@ -671,3 +671,11 @@ def test_bad_arrays_of_functions_get_one_line(tmp_path, case):
     message = error(run)
     assert "eval.npz is damaged" in message and expected in message
     assert not (run / "figures").exists()
+
+
+def test_a_run_without_arrays_says_that_there_are_curves_alone(tmp_path, drawn, capsys):
+    run = make_run(tmp_path / "run")
+    (run / "eval.npz").unlink(missing_ok=True)
+    plot.main(plot.Options([run]))
+    assert f"{run} has no eval.npz, so that there are curves alone" in capsys.readouterr().out
+    assert "learning_curve.png" in drawn

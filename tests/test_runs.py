@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from filelock import FileLock
 
 QUICK = {  # a short run of eight meta-iterations; MILET's buffer is full after four: a kill finds old and new trials
     "milet": "--env hopper-params-4c --preset paper --frames 12800 --horizon 50 --vae-batch 8 --elbo-terms 4 "
@@ -128,8 +127,10 @@ def test_smoke_kill_resume_evaluate(script, tmp_path, capsys, monkeypatch):
     assert len(pooled) >= 2 and f"{pooled[1]}_cluster_1" in evaluations[0]
 
     cut, begin = tmp_path / "cut", [*flags, "--run-dir", tmp_path / "cut"]
-    # Killed after some iterations were saved; where a run has phases or a buffer, before that too
-    for count, save_every in ((2, 100), (3, 2))[script not in ("milet", "fcml", "sop") :]:
+    kills = [(3, 2)]  # after some iterations were saved
+    if script in ("milet", "cml", "fcml", "hom", "sop"):  # first before that: these have phases, or a full buffer
+        kills = [(2, 100), *kills]
+    for count, save_every in kills:
         process = subprocess.Popen(command(script, *begin, "--save-every", save_every), stdout=subprocess.DEVNULL)
         cut = wait_for_rows(cut, count, process)
         process.kill()
@@ -224,18 +225,24 @@ def test_a_run_from_before_an_argument_takes_its_default(copy, capsys):
     """Who adds a field to Args can still evaluate and continue what there is, and is told."""
     edit(without="gamma")(copy)
     main("--evaluate", copy)
-    assert f"{copy} is from before gamma: 0.99\n" in capsys.readouterr().out
+    assert f"{copy} has no gamma: default 0.99\n" in capsys.readouterr().out
     main("--resume", copy, "--iterations", 4)
     assert json.loads((copy / "args.json").read_text())["gamma"] == 0.99
 
 
-def test_two_processes_do_not_write_one_run(copy):
-    before = (copy / "metrics.csv").read_text()
-    with FileLock(copy / "in-use.lock"):
-        assert "in-use.lock' could not be acquired" in error("--resume", copy, "--iterations", 5)
-        main("--evaluate", copy)
-    assert (copy / "metrics.csv").read_text() == before
-    main("--resume", copy, "--iterations", 5)
+def test_of_two_processes_on_one_run_one_stops(tmp_path):
+    """The first stands still while the second goes on from its checkpoint, and stops when it finds that out."""
+    flags = [*CHEAP, "--iterations", 40, "--eval-every", 10, "--save-every", 10]
+    run("maml", *flags, "--run-dir", tmp_path / "whole")
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command("maml", *flags, "--run-dir", tmp_path / "two"), **pipes)
+    path = wait_for_rows(tmp_path / "two", 2, first)
+    first.send_signal(signal.SIGSTOP)
+    main("--resume", path)
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 1 and "maml.py: error: another process writes " in errors
+    assert (path / "eval.csv").read_text() == (only_run(tmp_path / "whole") / "eval.csv").read_text()
 
 
 def test_two_runs_in_one_second_have_two_folders(tmp_path):
@@ -380,7 +387,8 @@ BAD_RUNS = {  # flags, what is done to the folder, what the line says
     "a list for a number": ("--resume", edit(alpha=[1]), "args.json is damaged"),
     "a number for a list": ("--evaluate", edit(hidden=7), "args.json is damaged"),
     "an unknown choice": ("--evaluate", edit(activation="gelu"), "args.json is damaged"),
-    "a key too many": ("--resume", edit(colour="red"), "does not fit this maml.py, which has no colour"),
+    "a key too many": ("--resume", edit(colour="red"), "does not fit this maml.py, because of colour"),
+    "a key too few": ("--resume", edit(without="env"), "because of env"),
     "another script": ("--evaluate", edit(script="nobody"), "is a run of nobody.py"),
     "no script": ("--resume", edit(without="script"), "args.json is damaged"),
     "another environment": ("--resume", edit(env="cheetah-dir"), "belongs to maml.py on point-goal-4c"),

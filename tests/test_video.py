@@ -193,6 +193,7 @@ def test_bad_input_gets_one_line(tmp_path):
     (run / "agent.pt").touch()
     assert f"--evaluate {run} writes it" in error(run)
     assert "is not a run folder: it has no args.json" in error(tmp_path)
+    assert "has no robot to be filmed" in error(make_run(tmp_path / "images", script="mmaml_classification"))
     envs.register("test-no-picture", NoPicture)
     assert "cannot be rendered" in error(make_run(tmp_path / "other", "test-no-picture"))
 
