@@ -311,7 +311,7 @@ def rollout(
         if callable(z) and t % refresh == 0:  # D10
             known = z(tokens(*map(torch.from_numpy, (obs[:, : t + 1], action[:, :t], reward[:, :t]))))
         mean, log_std = pre_tanh(policy, torch.from_numpy(obs[:, t]).to(device), known)
-        action[:, t] = (mean + log_std.exp() * noise[t]).tanh().cpu().numpy() * play[:, None]
+        action[:, t] = (mean + log_std.exp() * noise[t]).tanh().cpu().numpy() * play[:, None]  # D3
         after, reward[:, t], fell, out_of_time, info = env.step(action[:, t])
         alive[:, t] = play & ~info["diverged"]
         obs[:, t + 1] = np.where(alive[:, t, None], after, obs[:, t])  # an end lasts (D3)
@@ -327,7 +327,7 @@ def explore(
     """Alg. 2, l. 1 on each of the tasks: the E episodes, and the context [task, E (H+1), ·]; noise [E, H, task, ·]."""
     episodes, seen, everyone = [], [], np.ones(len(tasks), bool)
 
-    def b(now: Tensor) -> Tensor:  # [task, 2 latent_dim]
+    def b(now: Tensor) -> Tensor:  # [task, 2 latent_dim], after the episodes seen, which grow, and this one so far
         return belief(posterior(agent["encoder"], torch.cat([*seen, now], dim=1).to(noise.device)))[:, -1]
 
     for seed, eps in zip(seeds, noise):
@@ -407,7 +407,7 @@ def prediction_errors(agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b
     """e_D and e_P of Eq. (9), [row] each, of a batch [row, ·] that has one task after the other, and b [row, ·]."""
     x, n, predictor = torch.cat([batch.obs, batch.action], dim=-1), len(b) // len(tasks), agent["predictor"]
     by_belief = agent["decoder"](b, x)[0]
-    ids = predictor.nets[0][0].in_features - x.shape[1]  # width of the one-hot; 0: a network for each task (D12)
+    ids = predictor.nets[0][0].in_features - x.shape[1]  # what is left is the one-hot; 0: a network a task (D12)
     if ids == 0:
         by_id = torch.cat([predictor.nets[k](rows) for k, rows in zip(tasks.tolist(), x.split(n))])
     else:

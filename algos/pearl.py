@@ -335,7 +335,7 @@ class Storage:
         return rows
 
     def read(self, rows: Tensor) -> Transitions:
-        """Of rows [task, n]."""
+        """Of rows [task, n] (index_select is several times as fast as indexing)."""
         now, after = (self.data.index_select(0, r.flatten()).view(*rows.shape, -1) for r in (rows, rows + 1))
         obs, action, reward, terminated = now.split(self.widths, dim=-1)
         return Transitions(obs, action, reward, after[..., : self.widths[0]], terminated)
@@ -384,7 +384,7 @@ def posterior(encoder: MLP, context: Tensor, alive: Tensor | None = None) -> Nor
     precision = 1 / F.softplus(raw_var).clamp(min=1e-7)
     precision = precision if alive is None else precision * alive[..., None]
     total = precision.sum(1)
-    var = 1 / total.where(total > 0, 1.0)  # [task, latent_dim]
+    var = 1 / total.where(total > 0, 1.0)  # [task, latent_dim]; of no token the prior
     return Normal(var * (precision * mean).sum(1), var.sqrt(), validate_args=False)
 
 

@@ -293,7 +293,7 @@ class Storage:
         return rows
 
     def read(self, rows: Tensor) -> Transitions:
-        """Of rows [task, n]."""
+        """Of rows [task, n] (index_select is several times as fast as indexing)."""
         now, after = (self.data.index_select(0, r.flatten()).view(*rows.shape, -1) for r in (rows, rows + 1))
         obs, action, reward, terminated = now.split(self.widths, dim=-1)
         return Transitions(obs, action, reward, after[..., : self.widths[0]], terminated)
