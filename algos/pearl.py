@@ -585,11 +585,13 @@ def adapt(
 
 
 def evaluate(
-    env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args
+    make_env: Callable, tasks: envs.Tasks, known: envs.Tasks, agent: nn.ModuleDict, args: Args
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Adaptation to the held-out tasks (D5): the metrics, and what the figures need."""
-    episodes, seeds, q_z = adapt(env, tasks, agent, torch.Generator().manual_seed(10**6 + args.seed), args)
-    metrics = {}
+    """Adaptation to the held-out tasks (D5): the metrics, and what the figures need. Known tasks are scored too."""
+    rng, same = (torch.Generator().manual_seed(10**6 + args.seed) for _ in range(2))
+    trained, _, _ = adapt(make_env(len(known)), known, agent, same, args)
+    episodes, seeds, q_z = adapt(make_env(len(tasks)), tasks, agent, rng, args)
+    metrics = {f"eval/train_return_episode_{k}": e.reward.sum(1).mean().item() for k, e in enumerate(trained, start=1)}
     for k, episode in enumerate(episodes, start=1):
         returns = episode.reward.double().sum(1).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
@@ -623,7 +625,7 @@ def train(args: Args, run: "Run") -> None:
     learner = make_learner(cache(run.make_env), tasks, args)
     parts = "agent", "storage", "rl", "context", "adam_critic", "adam_actor"
     state = {name: getattr(learner, name) for name in parts}
-    score = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, learner.agent, args)
+    score = partial(evaluate, learner.make_env, test_tasks, tasks[: len(test_tasks)], learner.agent, args)
     for iteration in run.loop(args.iterations, state, score):
         with run.timer("sample"):
             if iteration == 1:  # l. 1

@@ -514,7 +514,12 @@ def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypat
     tasks, net = env.unwrapped.sample_tasks(4, np.random.default_rng(0)), pearl.make_agent(17, 6, args)
     make_fall(net["policy"])
     calls, rng = spy_on(monkeypatch, "rollout"), generator(10**6)
-    metrics, data = pearl.evaluate(env, tasks, net, args)
+    make_env, known = functools.partial(gym.make_vec, "walker-dir", horizon=200), env.unwrapped.task_set("train")[:3]
+    metrics, data = pearl.evaluate(make_env, tasks, known, net, args)
+    for k in range(1, 5):  # first the known tasks
+        _, episode = calls.pop(0)
+        assert metrics[f"eval/train_return_episode_{k}"] == pytest.approx(episode.reward.sum(1).mean().item())
+        assert len(episode.reward) == 3
     assert len(calls) == 4 and not all(episode.alive.all() for _, episode in calls), "some fall"
     for k, ((*_, z, seed, noise, play), _) in enumerate(calls):
         mean, std = torch.zeros(4, 2), torch.ones(4, 2)
@@ -527,7 +532,7 @@ def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypat
     assert [f"eval/return_episode_{k}" in metrics for k in (1, 4, 5)] == [True, True, False]
     assert data["trace"].shape == (4, 201, 4, 2) and data["embedding"].shape == (4, 2)
     monkeypatch.undo()
-    assert pearl.evaluate(env, tasks, net, args)[0] == metrics
+    assert pearl.evaluate(make_env, tasks, known, net, args)[0] == metrics
     for k in range(4):
         obs, _ = env.reset(seed=int(data["seed"][k]), options={"tasks": tasks})
         for t in range(200):
