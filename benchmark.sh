@@ -119,9 +119,9 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '40 minutes' 'MMAML, ProMP and Multi-ProMP on point-2m, a quarter of the published frames'
-  run point-2m__mmaml__0__quarter --tasks 20 --rollouts 10
-  run point-2m__mmaml__0__quarter-promp --tasks 20 --rollouts 10 --modulation none
+  campaign mmaml-quarter '90 minutes' 'MMAML and ProMP on point-2m, 2 seeds, and Multi-ProMP, a quarter of the published frames'
+  run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
+  run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
   run point-2m__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
   figure point-2m
   figure point-2m-mmaml point-2m__mmaml__0__quarter
