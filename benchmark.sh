@@ -207,7 +207,7 @@ campaigns() {
   run point-goal-sparse__metacure__{0,1,2}__no-bonus --intrinsic-weight 0
   run point-goal-sparse__pearl__{0,1,2}__eight --prior-steps 256 --extra-steps 96
   run point-goal-sparse__pearl__{0,1}__40-tasks --train-tasks 40 --initial-steps 704 --prior-steps 256 --extra-steps 96
-  run point-goal-sparse__rl2__{0,1}__cut --cut-episodes
+  run point-goal-sparse__rl2__0__cut --cut-episodes
   figure point-goal-sparse point-goal-sparse__{rl2,varibad,milet,metacure,pearl}__{0,1,2}
 
   campaign metacure '2 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
