@@ -204,7 +204,7 @@ campaigns() {
   campaign sparse-point '7 hours' 'MetaCURE, MILET, VariBAD, RL2 and PEARL on point-goal-sparse, 3 seeds each, and variants of three of them'
   run point-goal-sparse__{metacure,milet,varibad,rl2,pearl}__{0,1,2}
   run point-goal-sparse__metacure__{0,1}__40-tasks --train-tasks 40 --initial-trials 20
-  run point-goal-sparse__metacure__{0,1,2}__no-bonus --intrinsic-weight 0
+  run point-goal-sparse__metacure__{0,1}__no-bonus --intrinsic-weight 0
   run point-goal-sparse__pearl__{0,1,2}__eight --prior-steps 256 --extra-steps 96
   run point-goal-sparse__pearl__{0,1}__40-tasks --train-tasks 40 --initial-steps 704 --prior-steps 256 --extra-steps 96
   run point-goal-sparse__rl2__0__cut --cut-episodes
