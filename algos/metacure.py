@@ -414,7 +414,7 @@ def prediction_errors(agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b
         by_id = predictor(F.one_hot(tasks, ids).repeat_interleave(n, dim=0), x)[0]
     outcome = torch.cat([batch.reward, batch.next_obs], dim=-1)[:, : by_id.shape[1]]  # r; (r, s') with --dynamics
     squares = [(prediction - outcome).square() for prediction in (by_belief, by_id)]
-    e_d, e_p = (error[:, 0] + error[:, 1:].sum(-1) / batch.obs.shape[1] for error in squares)  # of s': 0 without
+    e_d, e_p = (error[:, 0] + error[:, 1:].sum(-1) / batch.obs.shape[1] for error in squares)  # the sum: 0 without s'
     return e_d, e_p
 
 
@@ -747,10 +747,10 @@ class Run:
         """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
         row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
         fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
-        with (self.path / f"{name}.csv").open("a") as file:
+        with (self.path / f"{name}.csv").open("ab") as file:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
-            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
-            self.sizes[f"{name}.csv"] += file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
+            self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
         for key, value in metrics.items():
             self.tensorboard.add_scalar(key, value, self.frames)
 

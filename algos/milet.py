@@ -748,10 +748,10 @@ class Run:
         """A row of NAME.csv, whose columns never change, and of TensorBoard, over frames."""
         row = {"iteration": self.iteration, "charts/frames": self.frames} | metrics
         fail(f"{name}.csv has other columns than {list(row)}", when=[*row] != self.columns.setdefault(name, [*row]))
-        with (self.path / f"{name}.csv").open("a") as file:
+        with (self.path / f"{name}.csv").open("ab") as file:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
-            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values())
-            self.sizes[f"{name}.csv"] += file.write(f"{values}\n" if file.tell() else f"{','.join(row)}\n{values}\n")
+            values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
+            self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
         for key, value in metrics.items():
             self.tensorboard.add_scalar(key, value, self.frames)
 

@@ -1,7 +1,7 @@
 """Speed on the machine at hand, into results/speed.csv: `./benchmark.sh speed`.
 
     python results/speed.py                      all rows, 50 minutes
-    python results/speed.py WORD ... --out FILE  those that have one of the words in their name, of another machine
+    python results/speed.py WORD ... --out FILE  only those that have one of the words in their name
 
 The physics limit of an environment is the rate of bare `Batch.step` calls with random controls, with the copies,
 threads, bound fields and stage of the environment. Uniform controls, unless a script acts otherwise: how fast a robot

@@ -325,11 +325,14 @@ def test_a_metric_that_is_not_finite_is_named(tmp_path):
 def test_nobody_else_may_write_the_tables(tmp_path):
     instance = maml.Run(maml.parse_args([*CHEAP, "--run-dir", str(tmp_path)]))
     agent = torch.nn.ParameterDict(dict(theta=torch.nn.Parameter(torch.ones(2))))
-    for _ in instance.loop(1, dict(agent=agent), lambda: ({"eval/x": 1.0}, {})):
+    for iteration in instance.loop(3, dict(agent=agent), lambda: ({"eval/x": 1.0}, {})):
+        if iteration < 3:
+            instance.log({"weight/λ": 1.0})  # sizes are counted in bytes
+            continue
         with (instance.path / "metrics.csv").open("a") as file:
             file.write("a row\n")
         with pytest.raises(SystemExit, match="another process writes "):
-            instance.log(dict(loss=1.0))
+            instance.log({"weight/λ": 1.0})
 
 
 def test_columns_never_change(tmp_path):
