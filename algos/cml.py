@@ -4,7 +4,7 @@ Official code: github.com/behzadhaghgoo/cml. MAML-TRPO with m meta-parameters: e
 and belongs to the one that does best after adaptation. With --learners 1 it is maml.py, to the last digit.
 
 Objective    max over θ_1 .. θ_m:  Σ_i max_j R_i(θ'_ij),  R_i the return in task i  (Sec. 3.1.1)
-MAML         L_i(θ) = -E_πθ[ return in task i ] ∝ -E_D[ A ln π_θ(a|s) ]                                       Eq. (1)
+MAML         L_i(θ) = -E_πθ[ return in task i ],  ∇L_i ∝ -E_D[ A ∇ln π_θ(a|s) ]                               Eq. (1)
              θ_0 = θ_j,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  θ'_ij = θ_n: n inner steps, D_k sampled by θ_k      Eq. (2)
 TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]  subject to  E_i E_Dn[ KL(π_old ‖ π_θ'i) ] ≤ δ   Eq. (3), (4)
              J_i = ∂θ'_i/∂θ = Π_k (I - α ∇²L_i(θ_k; D_k)),  ∇S = E_i J_iᵀ ∇S(θ'_i)                            Eq. (5)
@@ -38,7 +38,7 @@ Deviations from the paper (P) or the official code (C); D1 to D10 and D12 are th
   D14 P and C plot returns of the rollouts that chose the learner, too high on average; so train/, but eval/ has others.
   D15 C's "random initialisation" has true clusters assign twice, here only --oracle-warmup 2 (100: as Sec. 5.2.1).
   D16 --init task-specific: θ_j learns by MAML on a task of its own, of the clusters in turn, for 50 iterations as P
-      (C: 300); all frames count.
+      (C: 300, the forward tasks); all frames count.
   D17 ε is an input of Algorithm 1 that no line reads; here (--explore) the part of tasks that get a learner at random.
 
 Tested       python algos/cml.py --env ml2 --tasks 20 --rollouts 10 --iterations 40   (3 million frames, 5 minutes on

@@ -4,7 +4,7 @@ No official code: the paper lists it as future work, and github.com/behzadhaghgo
 one meta-parameter and adds one when a task is still learning after adaptation. With --max-learners 1 it is maml.py.
 
 Objective    max over θ_1 .. θ_m:  Σ_i max_j R_i(θ'_ij),  R_i the return in task i  (Sec. 3.1.1)
-MAML         L_i(θ) = -E_πθ[ return in task i ] ∝ -E_D[ A ln π_θ(a|s) ]                                       Eq. (1)
+MAML         L_i(θ) = -E_πθ[ return in task i ],  ∇L_i ∝ -E_D[ A ∇ln π_θ(a|s) ]                               Eq. (1)
              θ_0 = θ_j,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  θ'_ij = θ_n: n inner steps, D_k sampled by θ_k      Eq. (2)
 TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]  subject to  E_i E_Dn[ KL(π_old ‖ π_θ'i) ] ≤ δ   Eq. (3), (4)
              J_i = ∂θ'_i/∂θ = Π_k (I - α ∇²L_i(θ_k; D_k)),  ∇S = E_i J_iᵀ ∇S(θ'_i)                            Eq. (5)
@@ -27,11 +27,11 @@ Deviations from the paper (P) or CML's official code (C); D1 to D14 are those of
       adaptation, as C; no step without tasks. D14 train/ has the very rollouts that chose, as P and C; eval/ others.
   D15 P's listing keeps the cluster if (R(θ) - R(θ'')) / R(θ) ≤ ε, θ unadapted: for R > 0 true unless adapting harms.
       P's text means: if the last step gains little. Here so: g_i ≤ ε, relative to R(θ').
-  D16 P has no ε, R_min, limit or warm-up. Here one task founds an iteration, that of the largest g_i, and others above
-      ε stay; a learner is older than --warmup iterations before a task of its own founds another.
+  D16 P has no ε, R_min, limit or warm-up. Here one task an iteration founds, that of the largest g_i, others above ε
+      stay; and only tasks of a learner older than --warmup iterations may found.
   D17 "Till convergence" is here: until five returns average less than 1 % above the five before, or for 50 steps.
   D18 P's listing collects U and C and never applies them, and its argmax is over a loss; here CML's step, and returns.
-  D19 P's θ'' has a rate β and a sum over all tasks; here α and the one task.
+  D19 P's θ'' has a rate β, a sum over all tasks, returns "using D'"; here α, the one task, fresh rollouts of θ''.
   D20 The largest of 40 noisy g_i is above ε by chance; here fresh rollouts of θ' and θ'' must confirm it.
 
 Tested       python algos/fcml.py --env point-goal-4c --tasks 20 --rollouts 10 --iterations 100 --epsilon 0.05
@@ -611,7 +611,7 @@ def train(args: Args, run: "Run") -> None:
                 thetas = [theta[learner]]  # θ_0 .. θ_n = θ' as above, and θ'': a step along each of D_0 .. D_n
                 for batch in data:
                     thetas.append(adapt(policy, thetas[-1], batch, args.alpha, args))  # D19
-                last = sample(env, tasks, policy, thetas[-1], run.rng, args)
+                last = sample(env, tasks, policy, thetas[-1], run.rng, args)  # D19
             run.frames += int(last.taken.sum())
             g = may_found * gain(mean_returns(last, 1)[0], mean_returns(data[-1], 1)[0], args)  # Eq. (10), D15
 

@@ -24,7 +24,7 @@ Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6
       ridge if Cholesky fails. D8 --mask-pad-actions, D12 --kl-slack: off. D9 α / 2 at test after n steps.
   D7  G's outer loss is -E[A ln π], in its line search too; here Eq. (3), whose gradient at θ is the same.
   D10 P is silent on meta-batches; here members share one, in equal parts, drawn from the N tasks with replacement.
-  D11 P is silent on linkage, K, N, how members start; here Ward's, 2, 200, anew, after 10 iterations of the probe.
+  D11 P is silent on linkage, clusters, N, members' start; here Ward's, 2, 200, anew, after 10 iterations of the probe.
   D13 P embeds test tasks by one trajectory (Alg. 2) or two (Sec. 5); here all by 2, at test out of K.
   D14 P divides r by max r, undefined at 0, of wrong sign below; here by max |r| of the task (--centre: less its mean).
   D15 P prints (10) with ∇π = π ∇ ln π; here ∇ ln π, as in (8). P does not say which part of (8) it takes; here the
@@ -625,7 +625,7 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 1, the probe on all tasks; after it l. 4, the members in turn, each on tasks of its cluster (D10)
         member, rng = agent["member"].cpu().numpy(), np.random.default_rng(random_seed(run.rng))
-        learner = np.resize(rng.permutation(np.unique(member)), args.tasks)  # by lot who gets one more, if no multiple
+        learner = np.resize(rng.permutation(np.unique(member)), args.tasks)  # who gets one more: by lot
         tasks = pool[[rng.choice(np.flatnonzero(member == m)) for m in learner]]
 
         # Alg. 3, l. 4-9: sample D_k, adapt to it, n times; then sample D_n

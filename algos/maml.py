@@ -3,7 +3,7 @@
 Official code: github.com/cbfinn/maml_rl. Defaults are those of ProMP's MAML-TRPO and of CML, which moved it to Gym's
 robots. With --oracle it is Multi-MAML; with --inner-steps 0, TRPO on all tasks, the "Pretrain" of the papers.
 
-Objective    min over θ:  E_i[ L_i(θ'_i) ],  L_i(θ) = -E_πθ[ return in task i ] ∝ -E_D[ A ln π_θ(a|s) ]         Eq. (1)
+Objective    min over θ:  E_i[ L_i(θ'_i) ],  L_i = -E_πθ[ return in task i ],  ∇L_i ∝ -E_D[ A ∇ln π_θ(a|s) ]    Eq. (1)
              θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  θ'_i = θ_n: n inner steps, D_k sampled by θ_k         Eq. (2)
 TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]                                                       Eq. (3)
              subject to  E_i E_Dn[ KL(π_old ‖ π_θ'i) ] ≤ δ                                                    Eq. (4)

@@ -32,7 +32,7 @@ Symbols      φ, D, P -> encoder, decoder, predictor; Q_1, Q_2, V, V̄, π -> q 
 
 Deviations from the official code (C)
   D1  C plays one episode at a time; here all visits of an iteration in lockstep, the explorer's trials first.
-  D2  C tests on its own tasks, some twice, goals evenly spaced; here on the environment's 32 or 40, once, at random.
+  D2  C tests on its own tasks, some twice, goals evenly spaced; here on the environment's own, once, at random.
   D3  C has float64 buffers of 1e6 steps; here float32, as needed. An episode that ends early is filled up: last state,
       action and reward 0. So all trials have as many tokens; no transition of these is kept, nor a diverging step.
   D4  C has 13 optimisers and two a task, and weights prediction errors by 1 or 10; here five, and 1. Adam is
@@ -40,13 +40,14 @@ Deviations from the official code (C)
   D5  C takes the variance for the standard deviation in the KL; here it does not (--kl-as-code).
   D6  C's stored contexts lack the tokens of resets but the first, its newest trial is never drawn, and the last s' of
       an episode inside a trial is the next one's first state; here none of it.
-  D7  C backs up to b_i+1 = q after c_1 .. c_i+1, without c_0, which does not follow from its (s, a, s'); so here. C
-      computes it, and the errors in (11), after this step has changed φ, D and P; here before.
+  D7  C's b_i+1 is the belief after c_1 .. c_i+1, not after c_0 too, nor after the row's own step; so here. C computes
+      it, and the errors in (11), with φ, D and P as this gradient step leaves them; here as it finds them.
   D8  Half of the explorer's trials in C should start from a posterior, but do not; here they are of one kind. The
       exploiter's posterior and extra blocks are alike in C; here one block, as long as both, with one prior z for two.
   D9  C draws the z of that block from shuffled transitions; here from a context as in training.
   D10 C counts the steps between renewals of b through a trial; here in every episode.
   D11 C's encoder is SNAIL, or an LSTM whose state outlives an encoding; here a GRU, or SNAIL, its last layer as MLP's.
+      Here the last layer that reads a token has random biases, in C 0.1.
   D12 C has a P of its own for each task where the environment's name has "vel" or "point" in it; here below 100 tasks.
 
 Tested       python algos/metacure.py --num-threads 1   (point-goal-sparse, 1.5 million frames, 26 minutes of one core
@@ -311,14 +312,14 @@ def rollout(
         if callable(z) and t % refresh == 0:  # D10
             known = z(tokens(*map(torch.from_numpy, (obs[:, : t + 1], action[:, :t], reward[:, :t]))))
         mean, log_std = pre_tanh(policy, torch.from_numpy(obs[:, t]).to(device), known)
-        action[:, t] = (mean + log_std.exp() * noise[t]).tanh().cpu().numpy() * play[:, None]  # D3
+        action[:, t] = (mean + log_std.exp() * noise[t]).tanh().cpu().numpy()
         after, reward[:, t], fell, out_of_time, info = env.step(action[:, t])
         alive[:, t] = play & ~info["diverged"]
         obs[:, t + 1] = np.where(alive[:, t, None], after, obs[:, t])  # an end lasts (D3)
         terminated[:, t] = fell & alive[:, t]
         play = play & ~(fell | out_of_time)
     torch.set_num_threads(threads)
-    return Episodes(*map(torch.from_numpy, (obs, action, reward, terminated, alive)))
+    return Episodes(*map(torch.from_numpy, (obs, action * alive[..., None], reward, terminated, alive)))  # D3
 
 
 def explore(
@@ -485,7 +486,7 @@ def make_learner(make_env: Callable[[int], gym.vector.VectorEnv], tasks: envs.Ta
 
 def draw_contexts(learner: Learner, tasks: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """n tokens of each of the tasks: stored trials, one after the other, cut (D6); [task, n, ·]."""
-    contexts = learner.trials.sample(tasks, math.ceil(n / learner.trials.rows[0].shape[1]), rng)
+    contexts = learner.trials.sample(tasks, math.ceil(n / learner.trials.rows[0].shape[1]), rng)  # a trial's tokens
     return contexts.flatten(1, 2)[:, :n].to(learner.args.device)
 
 

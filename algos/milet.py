@@ -31,11 +31,11 @@ Deviations from the paper (P) or the official code (C)
   D10 P is silent on networks, Gumbel temperature, softplus variance, buffer, PPO and the first iteration, which only
       collects: here as C. The policies' rates are P's, and both begin at once (C: πψ one later). They see q(z), as C
       and Alg. 2 (Sec. 4.1: z); the target is copied every 50 iterations, as C (P: epochs).
-  D11 C normalises the policies' states without bounds and shows them the done flag; here within [-10, 10], no flag: it
-      is 1 only where nobody acts (unless --keep-terminal), so that its weight would never learn, and V(s_H) needs it.
+  D11 C shows the policies the done flag, and states normalised without bounds, from the first PPO step on; here within
+      [-10, 10], from iteration 1 on, no flag: but for --keep-terminal V(s_H) would hang on a weight nothing trains.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t, so never s_0, and t drawn at random.
-  D14 Of an episode that pays all alike, C's normalised advantages are V's errors alone; here only V's loss counts.
+  D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here only V's loss counts.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.

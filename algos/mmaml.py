@@ -5,7 +5,7 @@ it is ProMP; then --oracle makes it Multi-ProMP, and --inner-steps 0 PPO without
 
 Inner loss   L_i(θ; D) = -E_D[ A π_θ / π_old ], π_old sampled D                                               Eq. (1)
              θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k): n inner steps, D_k sampled by π_old,k                  Eq. (2)
-             π_old,k is π_θ_k before the first update of θ
+             π_old,k is π_θ_k at the θ and ω that sampled, and stays while they are updated
 Outer loss   S_i(θ) = E_Dn[ -min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) ],  ρ = π_θ_n / π_old,n                        Eq. (3)
              KL_k(θ) = E_Dk[ KL(π_old,k ‖ π_θ_k) ]                                                            Eq. (4)
 Objective    min over θ, ω:  E_i[ S_i + 1/n Σ_k<n η_k KL_k ], with gradients through all inner steps          Eq. (5)
@@ -34,7 +34,7 @@ Deviations from the paper (P), from ProMP's, or from the official code (C)
   D7  ProMP writes one inner step, with its KL; of several, C takes the mean of η_k KL_k: here too.
   D8  C has one robot. Of several, CML leaves the actions that pad a small one in π, as noise: here too
       (--mask-pad-actions takes them out).
-  D9  C has one η, a constant; ProMP's code can adapt one for every step: here too (--adapt-eta).
+  D9  C, as ProMP's code, has one η a step and can adapt them; its runs do not: here too (--adapt-eta does).
   D10 C draws modes at random, or (six modes of the point, four of the ant) in turn; here they are balanced.
   D11 P's Multi-ProMP is a run on one mode; here (--oracle) every learner has its share of the meta-batch.
   D12 P's listing takes the first gradient with τ; its text and C without, as D_0 was sampled: here too
@@ -108,7 +108,7 @@ class Args:
     rollouts: int = 20  # K, episodes per task and inner step
     horizon: int = 100  # H, steps per episode (default: the environment's own)
     inner_steps: int = 2  # n, gradient steps of the adaptation in training (0: none)
-    alpha: float = 0.1  # α, inner step size (with --train-alpha the first one; --evaluate takes the trained)
+    alpha: float = 0.1  # α, inner step size (with --train-alpha where it starts; --evaluate takes the trained)
     train_alpha: bool = False  # train a step size of each parameter with θ (D3)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training, at least one)
     mask_pad_actions: bool = False  # take the actions that a small robot does not use out of π (D8)

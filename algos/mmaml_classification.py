@@ -26,8 +26,9 @@ Deviations from the paper (P) or C
   D3 Splits of OMNIGLOT and CUB follow the file system's order in C; here sorted, and shuffled with a fixed seed
      (OMNIGLOT: 1100, 100 and 423 characters; C has none for validation).
   D4 C turns the colours of FC100 into their negatives, by an overflow, and misplaces AIRCRAFT's variants with a slash
-     in their name; here neither.
-  D5 C draws small classes with replacement; here without, and a class of too few images is an error.
+     in their name; here neither. C resizes OMNIGLOT and FC100 by Lanczos' filter; here all is bilinear.
+  D5 C draws more tasks than it uses, and small classes with replacement; here what is used, without replacement, and a
+     class of too few images is an error.
   D6 Multi-MAML in C is one run a data set, each with a budget and step size of its own: so here, as MAML with the
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
@@ -142,39 +143,31 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
 
 
 def make_convs(channels: tuple[int, ...]) -> nn.ParameterList:
-    """W, b, W, b, ... of 3 x 3 convolutions: Xavier-uniform weights, biases 0."""
-    shapes = [*pairwise((3, *channels))]
-    parts = [p for a, b in shapes for p in (nn.init.xavier_uniform_(torch.empty(b, a, 3, 3)), torch.zeros(b))]
-    return nn.ParameterList(parts)
-
-
-def make_linear(a: int, b: int) -> nn.Linear:
-    """Xavier-uniform weights, biases 0."""
-    linear = nn.Linear(a, b)
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+    """W, b, W, b, ... of 3 x 3 convolutions."""
+    return nn.ParameterList(p for a, b in pairwise((3, *channels)) for p in nn.Conv2d(a, b, 3).parameters())
 
 
 class TaskNet(nn.Module):
-    """θ of one learner; its parameters in this order: convolutions, then the linear layer."""
+    """θ of one learner: convolutions, then a linear layer. Xavier-uniform weights, biases 0."""
 
     def __init__(self, args: Args):
         super().__init__()
         self.convs = make_convs(args.channels)
-        self.linear = make_linear(args.channels[-1], args.ways)
+        self.linear = nn.Linear(args.channels[-1], args.ways)
+        for p in self.parameters():
+            nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
 
 
 class Modulation(nn.Module):
-    """υ and τ of every task from its support images."""
+    """υ and τ of every task from its support images. Initial weights are PyTorch's, as in C."""
 
     def __init__(self, args: Args):
         super().__init__()
         self.args, self.convs = args, make_convs(args.channels)
-        self.affine = nn.ParameterList(torch.zeros(2 * width) for width in args.channels)  # γ - 1 and β of each norm
-        self.linear = make_linear(args.channels[-1] + args.encoder_labels * args.ways, args.embedding)
+        self.affine = nn.ParameterList(torch.zeros(2 * width) for width in args.channels)  # scale - 1, shift
+        self.linear = nn.Linear(args.channels[-1] + args.encoder_labels * args.ways, args.embedding)
         halves = 2 if args.modulation == "film" else 1
-        self.heads = nn.ModuleList(make_linear(args.embedding, halves * width) for width in args.channels)
+        self.heads = nn.ModuleList(nn.Linear(args.embedding, halves * width) for width in args.channels)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """images [task, image, 3, S, S], labels [task, image] -> υ [task, 128], τ_i [task, 2 channels] (FiLM)."""

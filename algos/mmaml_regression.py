@@ -25,8 +25,8 @@ Deviations from the paper (P) or C
   D2 P modulates every layer; C's commands for two modes the first hidden layer alone; here as P (--modulated-layers 1).
   D3 MAML's network in C sees a learned vector t of 20 numbers beside x, which starts at 0 and adapts, MMAML's does not,
      though P gives both one network; here as C (--bias-dim 0).
-  D4 Multi-MAML in C is one run: one clip of all gradients, and t not adapted. Here M learners, each with the mean loss
-     of its tasks and a clip of its own.
+  D4 Multi-MAML in C is one run: one clip of all gradients, t from N(0, 1) and not adapted. Here M learners, each with
+     the mean loss of its tasks, a clip of its own, and t as MAML's.
   D5 C clamps the entries of the inner gradient to [-10, 10], in MMAML alone; P is silent. Here as C (--inner-clip).
   D6 C's LSTM learner takes an inner step of size 0; here no step.
   D7 C evaluates on batches of the training distribution; here on 1000 fixed tasks of every family, with fixed points.
@@ -84,7 +84,7 @@ class Args:
 
     oracle: bool = False  # Multi-MAML: a learner for every true family (with --modulation none)
     modulation: Literal["film", "softmax", "sigmoid", "none"] = "film"  # operator ⊙ of Eq. (3) (none: MAML)
-    modulated_layers: int = 3  # number of hidden layers that are modulated, from the first on (D2; if any are)
+    modulated_layers: int = 3  # hidden layers that are modulated, from the first on (D2; not with --modulation none)
     sort: bool = True  # sort the support points by x before the LSTM reads them (D1)
     bias_dim: int = 20  # with --modulation none alone: size of the learned vector beside x (D3)
 
@@ -195,7 +195,7 @@ def value(params: Tensor, x: Tensor) -> Tensor:
 
 
 class Functions5M(envs.TaskVectorEnv):
-    """`functions-5m`: the task is a function; a step shows x and wants f(x), in thirties. Reward -(30 a - y)² / H.
+    """`functions-5m`: the task is a function; a step shows x, and 30 a is the answer. Reward -(30 a - y)² / H.
 
     Families: 0 sine, 1 line, 2 parabola, 3 hyperbolic tangent, 4 absolute value. x ~ U(-5, 5); y = f(x) + noise.
     """
@@ -361,7 +361,7 @@ class LowRank(NamedTuple):
         inputs, deltas, excess = self.changes[i]
         a = (h.flatten(0, 1) @ self.weights[i]).unflatten(0, h.shape[:2])
         a = torch.baddbmm(a, torch.bmm(h, inputs.mT), deltas) if inputs.shape[1] else a
-        for task, row, unit, e in excess:  # h α E: to a[task, :, unit] comes h[task, :, row] e
+        for task, row, unit, e in excess:  # + h α E, entry by entry: a[task, :, unit] += h[task, :, row] e
             a = a.mT.index_put((task, unit), h.mT[task, row] * e[:, None], accumulate=True).mT
         return a
 
@@ -374,7 +374,7 @@ class LowRank(NamedTuple):
             with torch.no_grad():  # no entry of Hᵀ Δ is larger than the sum over points of max |H| max |Δ|
                 near = ((h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1) > clip).nonzero()[:, 0]  # tasks
                 i, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
-            if len(i):  # mostly few: no dense E
+            if len(i):  # E has few entries, only those are kept
                 task = near[i]
                 gradient = (h.mT[task, row] * delta.mT[task, unit]).sum(-1)
                 excess = [*excess, (task, row, unit, args.alpha * (gradient - gradient.clamp(-clip, clip)))]

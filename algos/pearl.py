@@ -38,7 +38,7 @@ Deviations from the official code (C)
       whole run, and two indices say which of its rows belong to a task, and which to its context. The step in which a
       simulation diverges is dropped.
   D4  C has five optimisers; here one for critic and encoder, one for V and π. Adam is elementwise: the same steps.
-  D5  C tests on its own tasks, several times each where there are few; here on the environment's 32 or 40, once each.
+  D5  C tests on its own tasks, several times each where there are few; here on the environment's own, once each.
       C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2). Its sparse point
       has H = 20 and feels goals within 0.2 (here 32, 0.3), and is paid densely in training (D6). Its ant-dir has
       two random directions, no contact forces among 27 observations, and death outside heights of 0.2 to 1; here
@@ -136,9 +136,9 @@ PAPER = {
     "walker-dir": CHEETAH_DIR,  # Taming the Herd, Table 4, for one robot
     "ml2": CHEETAH_DIR | TWO_ROBOTS,  # Taming the Herd, Table 4; the iterations are ours
     "ant-cheetah-dir": CHEETAH_DIR | TWO_ROBOTS,  # ours, as in ml2
-    "point-goal-sparse": dict(  # oyster's sparse-point-robot, but for D5 and D6
+    "point-goal-sparse": dict(  # oyster's sparse-point-robot, but for D2, D5 and D6
         train_tasks=80, visits=10, prior_steps=100, posterior_steps=900, extra_steps=0, gradient_steps=1000,
-        context=1024, eval_episodes=12, eval_prior_episodes=5, kl_weight=1.0, reward_scale=100.0, gamma=0.9,
+        context=1024, eval_episodes=13, eval_prior_episodes=5, kl_weight=1.0, reward_scale=100.0, gamma=0.9,
     ),
     "hopper-params-4c": dict(next_obs_in_context=True),  # as in oyster's rand-params
     "walker-params-4c": dict(next_obs_in_context=True),

@@ -91,7 +91,7 @@ class Args:
     rollouts: int = 20  # K, episodes per task and inner step
     horizon: int = 100  # H, steps per episode (default: the environment's own)
     inner_steps: int = 1  # n, gradient steps of the adaptation in training (0: none)
-    alpha: float = 0.1  # α, inner step size (with --train-alpha the first one; --evaluate takes the trained)
+    alpha: float = 0.1  # α, inner step size (with --train-alpha where it starts; --evaluate takes the trained)
     train_alpha: bool = False  # train a step size of each parameter with θ (D3)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training, at least one)
     mask_pad_actions: bool = False  # take the actions that a small robot does not use out of π (D8)

@@ -2,15 +2,15 @@
 
 Official code: none. This is maml.py, without its oracle, and Eq. (8) to (10).
 
-Objective    min over θ:  E_i[ L_i(θ'_i) ],  L_i(θ) = -E_πθ[ return in task i ] ∝ -E_D[ A ln π_θ(a|s) ]         Eq. (1)
+Objective    min over θ:  E_i[ L_i(θ'_i) ],  L_i = -E_πθ[ return in task i ],  ∇L_i ∝ -E_D[ A ∇ln π_θ(a|s) ]    Eq. (1)
              θ_0 = θ,  θ_k+1 = θ_k - α ∇L_i(θ_k; D_k),  θ'_i = θ_n: n inner steps, D_k sampled by θ_k         Eq. (2)
 TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]                                                       Eq. (3)
              subject to  E_i E_Dn[ KL(π_old ‖ π_θ'i) ] ≤ δ                                                    Eq. (4)
              J_i = ∂θ'_i/∂θ = Π_k (I - α ∇²L_i(θ_k; D_k)),  ∇S = E_i J_iᵀ ∇S(θ'_i)                            Eq. (5)
              H = ∇²KL = E_i J_iᵀ F_i J_i,  F_i the Fisher matrix of π_θ'i on D_n                              Eq. (6)
              θ <- θ - √(2δ / xᵀHx) x,  H x = ∇S by conjugate gradient, backtracked                            Eq. (7)
-Step size    α <- α - α_0 Σ_i ∂S_i/∂α,  for n = 1 α + α_0 Σ_i ∇S_i(θ'_i)ᵀ ∇L_i(θ; D_0)                        Eq. (8)
-Task buffer  L = MAX_L (k - 1) / (N - 1) of the M tasks of iteration k, of N, are of B, the batch before      Eq. (9)
+Step size    α <- α - α_0 Σ_i ∂S_i/∂α  (n = 1: α + α_0 Σ_i ∇S_i(θ'_i)ᵀ ∇L_i(θ; D_0))                          Eq. (8)
+Task buffer  L = MAX_L (k - 1) / (N - 1) of the M tasks of iteration k of N are from B, the last batch:       Eq. (9)
              those of highest (easy), middle or lowest (hard) return after adaptation                        Eq. (10)
 Algorithm 2  l. 3   L tasks of B -> replay_count, replayed   l. 4   M - L fresh ones -> sample_tasks
              l. 6, 15  B -> store    l. 7-11  D_train, θ'_i, D_val (D_0, θ'_i, D_1) -> collect
@@ -540,7 +540,7 @@ def hypergradient(policy: GaussianPolicy, theta: Tensor, data: list[Batch], alph
         for inner_grad, hessian in reversed(steps[1:]):
             total += (u * inner_grad).sum(0)  # Eq. (8)
             u = u - hessian(alpha * u)  # ∇S_i at θ_k, by this step's factor of J_iᵀ, Eq. (5)
-        total += (u * steps[0][0]).sum(0)  # Eq. (8), the first step
+        total += (u * steps[0][0]).sum(0)  # Eq. (8), the first step: u goes no further back
     return total
 
 

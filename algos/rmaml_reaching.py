@@ -7,7 +7,7 @@ update moves θ towards the tasks of the meta-batch. A third of the tasks are no
 Tasks        g_i, i = 1 .. 300: 200 useful and 50 + 50 noise, of three normal distributions                   Eq. (1)
 Update       θ <- θ + β E_i[ g_i - θ ], the gradient step on the loss E_i |θ - g_i|² / 2                      Eq. (2)
 Return       R_i = -|θ - g_i|, of the updated θ: the priority of task i                                       Eq. (3)
-Task buffer  L = MAX_L (k - 1) / (N - 1) of the M tasks of iteration k of N are of B, the batch before        Eq. (9)
+Task buffer  L = MAX_L (k - 1) / (N - 1) of the M tasks of iteration k of N are from B, the last batch:       Eq. (9)
              those with the highest (easy), middle or lowest (hard) returns; uniform: no buffer              Eq. (10)
 Algorithm 2  l. 3-6  L tasks of B, M - L fresh ones -> meta_batch, replay_count, replayed
              l. 7-13  θ -> update, returns_of     l. 15  B -> train     (l. 14: there is no α)

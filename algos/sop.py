@@ -26,10 +26,10 @@ Deviations from the paper (P), and from the official code of PEARL (C), which P 
       each training task, 50 iterations of the probe and 100 of the members, which begin anew.
   D8  P's members make 5 visits each to the probe's 10; here they share 10, so that an iteration costs the same frames.
   D9  P divides r by max r, undefined at 0, of wrong sign below; here by max |r| of its episode, not of its task, and
-      (9), (10) have |r|. D10 P is silent on the part of (9), and draws an ã; here the last layer's diagonal, and the
-      mean over ã. P prints (12) with ∇π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the points,
-      cut at ±2, and to 50 principal components. D12 A training task joins the cluster of most of its points; a cluster
-      of none has no member. D13 P is silent on the probe's play; here z from the prior, sampled actions, one episode.
+      (9), (10) have |r|. D10 P does not say of which weights (9) is, and draws an ã; here the last layer's diagonal,
+      and the mean over ã. P prints (12) with ∇π; here ∇ ln π. D11 Embeddings, but latents, are standardised over the
+      points, cut at ±2, and to 50 principal components. D12 A training task joins the cluster of most of its points;
+      one of none has no member. D13 P is silent on the probe's play; here z from the prior, sampled, one episode.
 
 Tested       python algos/sop.py --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000   (ml2,
              280,000 frames, 27 minutes of a shared core, far too short): 46 before, then 54; both robots are found.
@@ -516,9 +516,9 @@ def coordinates(known: Tensor, new: Tensor, kind: str) -> np.ndarray:
 
 def assign(known: Tensor, member: np.ndarray, owner: np.ndarray, new: Tensor, kind: str) -> np.ndarray:
     """Eq. (14): of every new embedding the member, among those who own a training task (D12)."""
-    members, points = np.unique(owner), coordinates(known, torch.cat([known, new]), kind)  # [known, then new]
-    centroids = [points[: len(known)][member == m].mean(0) for m in members]
-    return members[pairwise_distances_argmin(points[len(known) :], centroids)]
+    old, points = np.split(coordinates(known, torch.cat([known, new]), kind), [len(known)])
+    centroids = [old[member == m].mean(0) for m in np.unique(owner)]
+    return np.unique(owner)[pairwise_distances_argmin(points, centroids)]
 
 
 # == Evaluation ========================================================================================================
@@ -567,9 +567,9 @@ def evaluate(
         args = replace(args, eval_episodes=args.eval_episodes - 1, eval_prior_episodes=args.eval_prior_episodes - 1)
         episodes, seeds = [played], [seed]  # D13
     # Alg. 4, l. 3: all of these learners in every task, from the same starts; what counts is what its own one does
-    who = np.unique(learner)
+    who, own_who = np.unique(learner, return_inverse=True)  # learners at work; which of these is each task's own
     found = [adapt(env, tasks, learners[m], torch.Generator().manual_seed(10**6 + args.seed), args) for m in who]
-    own = lambda *x: torch.stack(x)[np.searchsorted(who, learner), np.arange(len(tasks))]  # noqa: E731  [task, ·]
+    own = lambda *x: torch.stack(x)[own_who, np.arange(len(tasks))]  # noqa: E731  of x, one [task, ·] a learner
     episodes += [Episodes(*map(own, *same)) for same in zip(*(each[0] for each in found))]
     metrics = {"eval/posterior_std": own(*(q_z.stddev for *_, q_z in found)).mean().item()}
     for k, episode in enumerate(episodes, start=1):

@@ -29,7 +29,8 @@ Deviations from the official code (C), and from the equations (D9)
   D2  C cuts the return at the end of each episode, and loses its last reward; here the return is that of the trial,
       and the trial's time limit bootstraps from V(terminal state) (--cut-episodes for C's).
   D3  C starts episode 2 on the terminal state of episode 1; here on the true reset state (--keep-terminal for C's).
-  D4  C learns from a trial one iteration late, and only after 5,000 frames; here at once, after the first iteration.
+  D4  C learns from a trial one iteration late, and only after 5,000 frames; here at once, after the first iteration,
+      which already counts for the policy's normalisation (C: from the first PPO step on).
   D5  C collects 16 processes of several trials, or of half a trial, per update; here every copy plays one trial, and
       their number is such that an update has C's frames. So no running trial is encoded again, and unlike in C no
       trial begins with the last step of another.

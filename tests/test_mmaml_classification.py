@@ -373,9 +373,18 @@ def test_numbers_of_parameters():
     assert count(*agent["omega"].convs) == 388_416 and count(*agent["omega"].heads.parameters()) == 123_840
     assert count(*few.TaskNet(few.Args(ways=20)).parameters()) == 393_556
     assert "omega" not in few.make_agent(few.Args(modulation="none"), 1)
-    for w, b in zip(agent["theta"][0].convs[::2], agent["theta"][0].convs[1::2]):
+
+
+def test_initial_weights():
+    """θ: Xavier's, biases 0; the modulation network's are PyTorch's, uniform within 1/√inputs, biases too (C)."""
+    agent = few.make_agent(few.Args(), 1)
+    theta, omega = agent["theta"][0], agent["omega"]
+    for w, b in zip(theta.convs[::2], theta.convs[1::2]):
         bound = (6 / (9 * (w.shape[0] + w.shape[1]))) ** 0.5
         assert 0.95 * bound < w.abs().max() <= bound and (b == 0).all()
+    assert theta.linear.weight.abs().max() <= (6 / (256 + 5)) ** 0.5 and (theta.linear.bias == 0).all()
+    for p, inputs in (omega.convs[2], 9 * 32), (omega.convs[3], 9 * 32), (omega.heads[3].weight, 128):
+        assert 0.95 * inputs**-0.5 < p.abs().max() <= inputs**-0.5
 
 
 def by_modules(theta, x, tau, args, statistics=None) -> torch.Tensor:
