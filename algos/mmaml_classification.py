@@ -34,8 +34,8 @@ Deviations from the paper (P) or C
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
 
 Tested       python algos/mmaml_classification.py --iterations 300 --eval-every 100 --eval-episodes 30 --num-threads 1
-             (drawn-3m, 144,000 images, a minute of one core of an AMD EPYC): accuracy 0.72 in new classes, chance
-             0.20 (digits 0.88, letters 0.34, stripes 0.94; untrained 0.85, 0.25, 0.55); after modulation alone 0.21.
+             (drawn-3m, 144,000 images, 4 minutes of a shared core of an AMD EPYC): accuracy 0.70 in new classes, chance
+             0.20 (digits 0.84, letters 0.33, stripes 0.93; untrained 0.78, 0.24, 0.60); after modulation alone 0.20.
 """
 
 import csv
