@@ -119,9 +119,11 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '90 minutes' 'MMAML and ProMP on point-2m, 2 seeds, and Multi-ProMP, a quarter of the published frames'
+  campaign mmaml-quarter '2 hours' 'MMAML and ProMP (two α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
   run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
   run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
+  run point-2m__mmaml__0__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
+  run point-2m__mmaml__{0,1}__quarter-promp-0.1 --tasks 20 --rollouts 10 --modulation none --alpha 0.1
   run point-2m__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
   figure point-2m
   figure point-2m-mmaml point-2m__mmaml__0__quarter
@@ -168,6 +170,10 @@ campaigns() {
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
 
+  campaign cml-half '90 minutes' 'CML on ant-cheetah-dir with as many frames as the stored MAML and Multi-MAML, 16 million'
+  run ant-cheetah-dir__cml__0__half --tasks 20 --iterations 100
+  figure ant-cheetah-dir results/maml/ant-cheetah-dir__maml__0{,__oracle}
+
   campaign gradient-point '1 hour' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
   small='--tasks 20 --rollouts 10 --iterations 100'
   run point-goal-4c__maml__{0,1,2}__small $small
@@ -209,6 +215,12 @@ campaigns() {
   run point-goal-sparse__pearl__{0,1}__40-tasks --train-tasks 40 --initial-steps 704 --prior-steps 256 --extra-steps 96
   run point-goal-sparse__rl2__0__cut --cut-episodes
   figure point-goal-sparse point-goal-sparse__{rl2,varibad,milet,metacure,pearl}__{0,1,2}
+
+  campaign metacure-point '35 minutes' 'MetaCURE on point-goal-4c, small networks, 20,000 gradient steps'
+  run point-goal-4c__metacure__0__20k --iterations 100 --eval-every 5 --visits 20 --trials 2 --prior-steps 100 \
+    --posterior-steps 200 --gradient-steps 200 --refresh 1 --encoder-hidden 32 --hidden 64 64 --id-hidden 64 64 \
+    --meta-batch 8 --gamma 0.9 --reward-scale 20 --tau 0.01 --lr 2e-3 --initial-trials 1 --initial-steps 100
+  figure point-goal-4c results/pearl/point-goal-4c__*
 
   campaign metacure '2 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
   run cheetah-vel-sparse__metacure__0 --iterations 30
