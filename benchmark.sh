@@ -119,7 +119,7 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '2 hours' 'MMAML and ProMP (two α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
+  campaign mmaml-quarter '2.5 hours' 'MMAML and ProMP (two α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
   run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
   run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
   run point-2m__mmaml__0__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
@@ -135,13 +135,14 @@ campaigns() {
   run ant-4m__mmaml__0 --iterations 90
   for env in reacher-4m ant-4m; do figure "$env"; done
 
-  campaign mmaml-regression '25 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
+  campaign mmaml-regression '29 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
   run functions-{2m,3m,5m}__mmaml_regression__0
   for operator in softmax sigmoid; do
     run functions-{2m,3m,5m}__mmaml_regression__0__"$operator" --modulation "$operator"
   done
   run functions-{2m,3m,5m}__mmaml_regression__0__lstm --inner-steps 0
   run functions-{2m,3m,5m}__mmaml_regression__0__maml --modulation none
+  run functions-5m__mmaml_regression__0__maml-clamped --modulation none --inner-clip 10
   run functions-{2m,3m,5m}__mmaml_regression__0__multi --modulation none --oracle --inner-clip 10 # without, it overflows
   for env in functions-{2m,3m,5m}; do
     figure "$env"
