@@ -16,8 +16,8 @@ import envs
 
 SCRIPTS = sorted((ROOT / "algos").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BELIEF = "--frames 480 --num-envs 4 --horizon 20"
-GRADIENT = "--iterations 2 --tasks 4 --rollouts 2 --horizon 20"
+BELIEF = "--frames 240 --num-envs 4 --horizon 10"
+GRADIENT = "--iterations 2 --tasks 4 --rollouts 2 --horizon 10"
 SHORT = {  # flags of a short run
     "milet": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5 --minibatches 8",
     "varibad": f"{BELIEF} --vae-batch 8 --elbo-terms 4 --decodes 5",
@@ -26,11 +26,11 @@ SHORT = {  # flags of a short run
     "promp": GRADIENT,
     "cml": f"{GRADIENT} --pretrain 1",
     "fcml": f"{GRADIENT} --warmup 1",
-    "mmaml": "--iterations 2 --tasks 12 --rollouts 2 --horizon 20",
+    "mmaml": "--iterations 2 --tasks 12 --rollouts 2 --horizon 10",
     "mmaml_regression": "--iterations 2 --tasks 30 --hidden 8 8 8 --lstm-hidden 4",
     "mmaml_classification": "--iterations 2 --tasks 3 --img-size 8 --channels 4 4 --embedding 4 --eval-episodes 2",
-    "rmaml": "--iterations 2 --tasks 8 --rollouts 2 --horizon 20",
-    "hom": "--iterations 2 --tasks 4 --rollouts 3 --horizon 20 --probe-iterations 1 --train-tasks 8",
+    "rmaml": "--iterations 2 --tasks 8 --rollouts 2 --horizon 10",
+    "hom": "--iterations 2 --tasks 4 --rollouts 3 --horizon 10 --probe-iterations 1 --train-tasks 8",
     "rmaml_reaching": "--iterations 2 --repeats 2",
     "pearl": "--iterations 2 --train-tasks 2 --horizon 20 --initial-steps 40 --prior-steps 40 --extra-steps 40 "
     "--gradient-steps 2 --meta-batch 2",
@@ -40,7 +40,20 @@ SHORT = {  # flags of a short run
     "--initial-steps 20 --visits 2 --trials 1 --prior-steps 20 --posterior-steps 40 --gradient-steps 2 "
     "--meta-batch 2 --batch 16",
 }
-COMMANDS = sorted({c for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
+COMMANDS = sorted({c.strip() for page in PAGES for c in re.findall(r"python algos/[^`\n#]+", page.read_text())})
+
+
+def shortened(command: str) -> str:
+    """For two or three meta-iterations: commands that differ in their budget become one."""
+    _, script, *words = [w.rstrip(",.;)") for w in shlex.split(command)]
+    short = ["--num-threads", "1"]
+    if "--evaluate" not in words:
+        short += ["--eval-every", "2", *SHORT[Path(script).stem].split()]
+    for flag in {f for f in short if f.startswith("--")} & set(words):
+        del words[words.index(flag) : words.index(flag) + 2]
+    if "--switch-at" in words:  # within the short run
+        words[words.index("--switch-at") + 1] = "1"
+    return shlex.join([script, *words, *short])
 
 
 def equations(text: str) -> set[int]:
@@ -100,26 +113,20 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "RUN" not in c])
+@pytest.mark.parametrize("command", sorted({shortened(c) for c in COMMANDS if "RUN" not in c}), ids=str)
 def test_documented_commands_run(command, tmp_path, monkeypatch):
-    """Each for two or three meta-iterations, within this process; those on RUN are in test_runs.py."""
+    """Within this process; those on RUN are in test_runs.py."""
     if "my_envs" in command:
         source = (ROOT / "docs" / "environments.md").read_text()
         (template,) = re.findall(r"```python\n(import numpy as np\n\nimport envs\n.*?)```", source, re.S)
         (tmp_path / "my_envs.py").write_text(template)
         assert len(template.splitlines()) <= 35
-    _, script, *words = [w.rstrip(",.;)") for w in shlex.split(command)]
+    script, *words = shlex.split(command)
     if "--evaluate" in words:
         folder = words.index("--evaluate") + 1
         words[folder] = str(shutil.copytree(ROOT / words[folder], tmp_path / "runs" / "copy"))
-        words += ["--num-threads", "1"]
     else:
-        short = SHORT[Path(script).stem].split()
-        for flag in {f for f in short if f.startswith("--")} & set(words):
-            del words[words.index(flag) : words.index(flag) + 2]
-        words += [*short, "--run-dir", str(tmp_path / "runs"), "--eval-every", "2", "--num-threads", "1"]
-        if "--switch-at" in words:  # within the short run
-            words[words.index("--switch-at") + 1] = "1"
+        words += ["--run-dir", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.syspath_prepend(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
