@@ -171,8 +171,9 @@ campaigns() {
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
 
-  campaign cml-half '90 minutes' 'CML on ant-cheetah-dir with as many frames as the stored MAML and Multi-MAML, 16 million'
-  run ant-cheetah-dir__cml__0__half --tasks 20 --iterations 100
+  campaign cml-half '4.5 hours' 'CML on ant-cheetah-dir, two beginnings, as many frames as the stored MAML and Multi-MAML, 16 million'
+  run ant-cheetah-dir__cml__{0,1}__half --tasks 20 --iterations 100
+  run ant-cheetah-dir__cml__0__half-task-specific --tasks 20 --iterations 100 --init task-specific
   figure ant-cheetah-dir results/maml/ant-cheetah-dir__maml__0{,__oracle}
 
   campaign gradient-point '1 hour' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
