@@ -26,7 +26,7 @@ QUICK = {  # a short run of eight meta-iterations; MILET's buffer is full after 
     "varibad": "--env hopper-params-4c --preset paper --frames 6400 --horizon 25 --vae-batch 4 --elbo-terms 4 "
     "--decodes 5 --buffer-trials 64 --vae-updates 1",
     "rl2": "--env hopper-params-4c --frames 6400 --horizon 25",
-    "maml": "--env ml2 --oracle --iterations 8 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 10",
+    "maml": "--env ml2 --oracle --iterations 8 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 20",
     "promp": "--env ml2 --oracle --iterations 8 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 10 --adapt-eta "
     "--train-alpha",
     "rmaml": "--env ml2 --iterations 8 --tasks 4 --rollouts 2 --inner-steps 2 --horizon 10 --rates layer "
@@ -41,12 +41,12 @@ QUICK = {  # a short run of eight meta-iterations; MILET's buffer is full after 
     "mmaml_classification": "--iterations 8 --tasks 3 --img-size 8 --channels 4 4 --embedding 4 --horizon 3 "
     "--eval-episodes 2",
     "hom": "--env ml2 --iterations 8 --probe-iterations 3 --train-tasks 8 --tasks 4 --rollouts 3 --inner-steps 2 "
-    "--horizon 10 --embedding full",
-    "rmaml_reaching": "--iterations 8 --repeats 2 --tasks 8",
+    "--horizon 20 --embedding full",
+    "rmaml_reaching": "--iterations 8 --repeats 10000 --tasks 8",
     "pearl": "--env ml2 --iterations 8 --train-tasks 4 --horizon 20 --initial-steps 40 --visits 2 --prior-steps 40 "
     "--posterior-steps 40 --extra-steps 20 --gradient-steps 3 --batch 16 --context 16 --meta-batch 4 --hidden 16 16 "
     "--encoder-hidden 16",
-    "sop": "--env ml2 --iterations 8 --probe-iterations 3 --train-tasks 4 --embed-repeats 4 --horizon 50 "
+    "sop": "--env ml2 --iterations 8 --probe-iterations 3 --train-tasks 4 --embed-repeats 4 --horizon 20 "
     "--initial-steps 40 --visits 2 --prior-steps 40 --extra-steps 20 --gradient-steps 3 --batch 16 --context 16 "
     "--hidden 16 16 --encoder-hidden 16",
     "metacure": "--env ml2 --iterations 8 --train-tasks 4 --horizon 20 --explorer-episodes 2 --initial-trials 1 "
@@ -78,14 +78,14 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def wait_for_rows(folder: Path, count: int, process: subprocess.Popen, table: str = "eval.csv") -> Path:
-    """The run folder, folder or the one in it, when its table has so many rows."""
-    for _ in range(12000):
+def wait_for(table: str, iteration: int, folder: Path, process: subprocess.Popen) -> Path:
+    """The run folder, folder or the one in it, when its table has a row of this iteration, or of a later one."""
+    for _ in range(60000):
         files = [*folder.glob(table), *folder.glob(f"*/{table}")]
-        if files and len(rows(files[0])) >= count:
+        if files and any(int(row["iteration"]) >= iteration for row in rows(files[0])):
             return files[0].parent
         assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.01)
+        time.sleep(0.002)
     raise AssertionError("the run does not come forward")
 
 
@@ -127,14 +127,14 @@ def test_smoke_kill_resume_evaluate(script, tmp_path, capsys, monkeypatch):
     assert len(pooled) >= 2 and (f"{pooled[1]}_cluster_1" in evaluations[0]) == (script != "rmaml_reaching")
 
     cut, begin = tmp_path / "cut", [*flags, "--run-dir", tmp_path / "cut"]
-    kills = [(5, 2)]  # after so many iterations, of which some were saved
-    if script in ("milet", "cml", "fcml", "hom", "sop"):  # first before that: these have phases, or a full buffer
-        kills = [(2, 100), *kills]
-    for count, save_every in kills:
+    kills = [(5, 2)]  # in which iteration, or soon after; the last one saved is then an earlier one
+    if script in ("milet", "cml", "fcml", "hom", "sop"):  # first before any, and in the first phase: a buffer, a probe
+        kills = [(2, 100), (3, 2), *kills]
+    for iteration, save_every in kills:
         process = subprocess.Popen(command(script, *begin, "--save-every", save_every), stdout=subprocess.DEVNULL)
-        cut = wait_for_rows(cut, count, process, "metrics.csv")
+        cut = wait_for("metrics.csv", iteration, cut, process)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "it ended before"
         begin = ["--resume", cut]
     with (cut / "eval.csv").open("ab") as file:
         file.write(b"1\x00\xff")  # a row that the kill cut short
@@ -183,13 +183,13 @@ def copy(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
-@pytest.mark.parametrize("after, save_every", [(1, 100), (2, 2)])
+@pytest.mark.parametrize("after, save_every", [(0, 100), (10, 2)])
 def test_killed_anywhere_and_resumed_ends_the_same(finished, tmp_path, after, save_every):
     """With 100 the only checkpoint is the one before the first iteration."""
     flags = [*CHEAP, "--iterations", 30, "--eval-every", 10, "--save-every", save_every]
     run("maml", *flags, "--run-dir", tmp_path / "whole")
     process = subprocess.Popen(command("maml", *flags, "--run-dir", tmp_path / "cut"), stdout=subprocess.DEVNULL)
-    cut = wait_for_rows(tmp_path / "cut", after, process)
+    cut = wait_for("eval.csv", after, tmp_path / "cut", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     main("--resume", cut)
@@ -232,11 +232,11 @@ def test_a_run_from_before_an_argument_takes_its_default(copy, capsys):
 
 def test_of_two_processes_on_one_run_one_stops(tmp_path):
     """The first stands still while the second goes on from its checkpoint, and stops when it finds that out."""
-    flags = [*CHEAP, "--iterations", 60, "--eval-every", 10, "--save-every", 35]  # it is not caught while it saves
+    flags = [*CHEAP, "--iterations", 100, "--eval-every", 10, "--save-every", 35]  # it is not caught while it saves
     run("maml", *flags, "--run-dir", tmp_path / "whole")
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     first = subprocess.Popen(command("maml", *flags, "--run-dir", tmp_path / "two"), **pipes)
-    path = wait_for_rows(tmp_path / "two", 2, first)
+    path = wait_for("eval.csv", 10, tmp_path / "two", first)
     first.send_signal(signal.SIGSTOP)
     main("--resume", path)
     first.send_signal(signal.SIGCONT)
@@ -277,7 +277,7 @@ def test_evaluates_with_other_steps_and_rates(copy, capsys):
 def test_a_signal_finishes_the_iteration_and_saves(tmp_path, signum, code):
     flags = [*CHEAP, "--iterations", 10**6, "--eval-every", 1, "--run-dir", tmp_path]
     process = subprocess.Popen(command("maml", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    path = wait_for_rows(tmp_path, 2, process)
+    path = wait_for("eval.csv", 1, tmp_path, process)
     process.send_signal(signum)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (code, "") and output.endswith(f"--resume {path}\n")
@@ -288,7 +288,7 @@ def test_a_signal_finishes_the_iteration_and_saves(tmp_path, signum, code):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     flags = [*CHEAP, "--inner-steps", 5000, "--eval-steps", 1, "--run-dir", tmp_path]  # an iteration of many seconds
     process = subprocess.Popen(command("maml", *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_rows(tmp_path, 1, process)
+    wait_for("eval.csv", 0, tmp_path, process)
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
