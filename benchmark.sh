@@ -96,7 +96,7 @@ campaigns() {
   run reaching-2d__rmaml_reaching__0__quarter --max-share 0.25
   figure reaching reaching-2d__rmaml_reaching__0
 
-  campaign hom '4 hours' 'HoM, MAML and Multi-MAML on ml2, 3 seeds each; other embeddings; five times as long'
+  campaign hom '4 hours' 'HoM (and its other embeddings), MAML and Multi-MAML on ml2, 3 seeds each; five times as long'
   run ml2__maml__{0,1,2} --tasks 20 --rollouts 10 --iterations 41
   run ml2__maml__{0,1,2}__oracle --tasks 20 --rollouts 10 --iterations 41 --oracle
   run ml2__maml__0__ratio --tasks 20 --rollouts 10 --iterations 41 --inner-loss likelihood-ratio
@@ -119,11 +119,12 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '2.5 hours' 'MMAML and ProMP (two α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
+  campaign mmaml-quarter '3 hours' 'MMAML and ProMP (2, 3 α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
   run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
   run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
-  run point-2m__mmaml__0__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
+  run point-2m__mmaml__{0,1}__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
   run point-2m__mmaml__{0,1}__quarter-promp-0.1 --tasks 20 --rollouts 10 --modulation none --alpha 0.1
+  run point-2m__mmaml__0__quarter-promp-0.3 --tasks 20 --rollouts 10 --modulation none --alpha 0.3
   run point-2m__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
   figure point-2m
   figure point-2m-mmaml point-2m__mmaml__0__quarter
@@ -171,7 +172,7 @@ campaigns() {
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
 
-  campaign cml-half '4.5 hours' 'CML on ant-cheetah-dir, two beginnings, as many frames as the stored MAML and Multi-MAML, 16 million'
+  campaign cml-half '5 hours' 'CML on ant-cheetah-dir, two beginnings, as many frames as the stored MAML and Multi-MAML, 16 million'
   run ant-cheetah-dir__cml__{0,1}__half --tasks 20 --iterations 100
   run ant-cheetah-dir__cml__0__half-task-specific --tasks 20 --iterations 100 --init task-specific
   figure ant-cheetah-dir results/maml/ant-cheetah-dir__maml__0{,__oracle}

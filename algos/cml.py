@@ -41,8 +41,8 @@ Deviations from the paper (P) or the official code (C); D1 to D10 and D12 are th
       (C: 300, the forward tasks); all frames count.
   D17 ε is an input of Algorithm 1 that no line reads; here (--explore) the part of tasks that get a learner at random.
 
-Tested       python algos/cml.py --tasks 20 --iterations 100 --num-threads 1   (ant-cheetah-dir, 16 million frames, 83
-             minutes on one core of an AMD EPYC beside other runs): 178, 179 before, 187, 191 after a gradient step.
+Tested       python algos/cml.py --tasks 20 --iterations 100 --num-threads 1   (ant-cheetah-dir, 16 million frames, 73
+             and 83 minutes on one core of an AMD EPYC beside other runs): 178, 179 before, 187, 191 after a step.
 """
 
 import json
