@@ -119,12 +119,12 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '3 hours' 'MMAML and ProMP (2, 3 α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
+  campaign mmaml-quarter '3 hours' 'MMAML and ProMP (2, 4 α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
   run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
   run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
   run point-2m__mmaml__{0,1}__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
   run point-2m__mmaml__{0,1}__quarter-promp-0.1 --tasks 20 --rollouts 10 --modulation none --alpha 0.1
-  run point-2m__mmaml__0__quarter-promp-0.3 --tasks 20 --rollouts 10 --modulation none --alpha 0.3
+  for alpha in 0.3 1; do run point-2m__mmaml__0__quarter-promp-$alpha --tasks 20 --rollouts 10 --modulation none --alpha $alpha; done
   run point-2m__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
   figure point-2m
   figure point-2m-mmaml point-2m__mmaml__0__quarter
