@@ -119,7 +119,7 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '3 hours' 'MMAML and ProMP (2, 4 α) on point-2m, 1 or 2 seeds, and Multi-ProMP, a quarter of the published frames'
+  campaign mmaml-quarter '3 hours' 'MMAML (two α), ProMP (four) and Multi-ProMP on point-2m, 1 or 2 seeds, a quarter of the published frames'
   run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
   run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
   run point-2m__mmaml__{0,1}__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1

@@ -127,8 +127,8 @@ def test_smoke_kill_resume_evaluate(script, tmp_path, capsys, monkeypatch):
     assert len(pooled) >= 2 and (f"{pooled[1]}_cluster_1" in evaluations[0]) == (script != "rmaml_reaching")
 
     cut, begin = tmp_path / "cut", [*flags, "--run-dir", tmp_path / "cut"]
-    kills = [(5, 2)]  # in which iteration, or soon after; the last one saved is then an earlier one
-    if script in ("milet", "cml", "fcml", "hom", "sop"):  # first before any, and in the first phase: a buffer, a probe
+    kills = [(5, 2)]  # after which iteration, and how often it is saved: mostly after the last save
+    if script in ("milet", "cml", "fcml", "hom", "sop"):  # and before any save, and in the first phase
         kills = [(2, 100), (3, 2), *kills]
     for iteration, save_every in kills:
         process = subprocess.Popen(command(script, *begin, "--save-every", save_every), stdout=subprocess.DEVNULL)
