@@ -96,6 +96,13 @@ campaigns() {
   run reaching-2d__rmaml_reaching__0__quarter --max-share 0.25
   figure reaching reaching-2d__rmaml_reaching__0
 
+  campaign rmaml-quarter '3 hours' 'RMAML, its parts and MAML on cheetah-vel-noise, 2 seeds each, a quarter of the default frames'
+  small='--tasks 20 --rollouts 10 --iterations 200'
+  run cheetah-vel-noise__{maml,rmaml}__{0,1}__quarter $small
+  run cheetah-vel-noise__rmaml__{0,1}__quarter-alpha $small --strategy uniform
+  run cheetah-vel-noise__rmaml__{0,1}__quarter-buffer $small --alpha-init 0.1 --alpha-0 0
+  figure cheetah-vel-noise
+
   campaign hom '4 hours' 'HoM (and its other embeddings), MAML and Multi-MAML on ml2, 3 seeds each; five times as long'
   run ml2__maml__{0,1,2} --tasks 20 --rollouts 10 --iterations 41
   run ml2__maml__{0,1,2}__oracle --tasks 20 --rollouts 10 --iterations 41 --oracle
@@ -172,10 +179,13 @@ campaigns() {
   figure warmup ant-cheetah-dir__cml__0__warmup
   figure switch ant-cheetah-dir__cml__0__switch-{0,1}
 
-  campaign cml-half '5 hours' 'CML on ant-cheetah-dir, two beginnings, as many frames as the stored MAML and Multi-MAML, 16 million'
+  campaign cml-half '8 hours' 'CML (two beginnings) and FCML on ant-cheetah-dir, 20 tasks an iteration, beside the stored MAML and Multi-MAML'
   run ant-cheetah-dir__cml__{0,1}__half --tasks 20 --iterations 100
   run ant-cheetah-dir__cml__0__half-task-specific --tasks 20 --iterations 100 --init task-specific
+  run ant-cheetah-dir__fcml__0__half --tasks 20 --iterations 100 --warmup 30
   figure ant-cheetah-dir results/maml/ant-cheetah-dir__maml__0{,__oracle}
+  run ant-cheetah-dir__cml__0__warmup-half --tasks 20 --iterations 55 --oracle-warmup 50
+  figure warmup ant-cheetah-dir__cml__0__warmup-half
 
   campaign gradient-point '1 hour' 'MAML, Multi-MAML, ProMP, HoM, CML and FCML (four ε) on point-goal-4c, small batches'
   small='--tasks 20 --rollouts 10 --iterations 100'
