@@ -7,9 +7,9 @@
 #   SLURM=1 ./benchmark.sh CAMPAIGN       every run is a Slurm job; the figures are jobs that wait for them
 # The same command again continues what is unfinished and leaves what is finished. Ctrl-C, SIGTERM or a closed terminal
 # lets the runs save. If a run fails, the others save and stop, and no figure is drawn.
-# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job; two minutes before
-# its time is over, or when it is preempted, its run saves, and the job queues again. sbatch also reads its own
-# variables: SBATCH_PARTITION, SBATCH_ACCOUNT and others.
+# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job. LEAD=600 seconds before
+# its time is over, or when it is preempted, its run finishes the iteration, saves, and the job queues again. sbatch
+# also reads its own variables: SBATCH_PARTITION, SBATCH_ACCOUNT and others.
 set -euo pipefail
 shopt -s nullglob # a method that has no stored run on an environment is not in its figure
 
@@ -211,7 +211,7 @@ campaigns() {
   run cheetah-dir__pearl__0 --iterations 60 --eval-every 2
   figure cheetah-dir
 
-  campaign sop '8 hours' 'SoP, an oracle and PEARL on ml2, a third of the default budget; its embeddings by an early probe'
+  campaign sop '13 hours' 'SoP, an oracle and PEARL on ml2, a third of the default budget; its embeddings by an early probe'
   run ml2__sop__0 --iterations 50 --probe-iterations 17
   run ml2__sop__0__early --iterations 2 --probe-iterations 1
   run ml2__sop__0__oracle --iterations 33 --probe-iterations 1 --oracle
@@ -235,7 +235,7 @@ campaigns() {
     --meta-batch 8 --gamma 0.9 --reward-scale 20 --tau 0.01 --lr 2e-3 --initial-trials 1 --initial-steps 100
   figure point-goal-4c results/pearl/point-goal-4c__*
 
-  campaign metacure '2 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
+  campaign metacure '2.5 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
   run cheetah-vel-sparse__metacure__0 --iterations 30
   figure cheetah-vel-sparse
 
@@ -346,7 +346,7 @@ stop() { # STATUS: what runs finishes its iteration and saves (at a second signa
 submit() { # NAME LOG: this script with --only NAME, as a job; never two of one name at a time
   local id
   id=$(sbatch --parsable --job-name="${folder#runs/}/$1" --output="$2" --open-mode=append --requeue \
-    --signal=B:TERM@120 --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-8G}" \
+    --signal=B:TERM@${LEAD:-600} --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-8G}" \
     --dependency="singleton$needs" --kill-on-invalid-dep=yes \
     --wrap="$(printf '%q ' exec ./benchmark.sh "$chosen" --only "$1" -- "${extra[@]}")")
   ids+=("${id%;*}")

@@ -147,7 +147,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
+        bounds = [0.0 if k % 2 else math.sqrt(6 / sum(x)) for k, x in enumerate(self.shapes[:-1])] + [0.0]  # b, W
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
@@ -354,13 +354,13 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
     theta = theta.detach().requires_grad_()
-    _mean, log_std = output = policy(theta, batch.obs)
+    output = policy(theta, batch.obs)  # mean, log σ
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    metric = weight * batch.used * (-2 * log_std.detach()).exp(), 2 * batch.used  # Λ: σ⁻² of the mean, 2 of log σ
+    metric = [weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used]  # Λ: σ⁻², and 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -604,7 +604,7 @@ def train(args: Args, run: "Run") -> None:
         data = under(learner, data)
 
         # l. 14-15: θ'', does the further step still help?
-        g, confirmed, tuning_returns, founder_cluster = np.zeros(args.tasks), 0.0, [], -1
+        g, confirmed, tuning_returns = np.zeros(args.tasks), 0.0, []
         may_found = iteration - born.numpy(force=True)[learner] > args.warmup  # D16
         if may_found.any() and m < args.max_learners:
             with run.timer("sample"):
@@ -624,7 +624,7 @@ def train(args: Args, run: "Run") -> None:
             run.frames += frames
         if confirmed > args.epsilon:
             theta[m], born[m] = tuned, iteration
-            learner[i], founder_cluster = -1, int(tasks.cluster[i])  # the founder has no part in its old learner's step
+            learner[i] = -1  # the founder has no part in its old learner's step
 
         # l. 16-17: every learner takes a step on its own tasks, if it has any (D13, D18)
         stats = []
@@ -639,7 +639,7 @@ def train(args: Args, run: "Run") -> None:
         metrics |= returns_by_cluster("fcml/gain", g, tasks.cluster) | {"fcml/learners": len(full(theta))}
         metrics |= returns_by_cluster("fcml/candidates", g > args.epsilon, tasks.cluster)
         metrics |= {"fcml/tuned": len(tuning_returns), "fcml/gain_max": g[i], "fcml/gain_confirmed": confirmed}
-        metrics |= {"fcml/founder_cluster": founder_cluster}
+        metrics |= {"fcml/founder_cluster": int(tasks.cluster[i]) if confirmed > args.epsilon else -1}
         std, adapted = policy.log_std(theta[:m]).exp(), data[-1].log_std.exp()
         metrics |= {"policy/std": std.mean().item(), "policy/std_min": std.min().item()}
         metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}
@@ -649,8 +649,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -690,7 +690,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -750,8 +750,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -768,6 +767,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -814,7 +814,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -829,7 +829,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

@@ -15,7 +15,7 @@ Algorithm 2  l. 1  embed a test task -> observe          l. 2  nearest centroid 
 
 Symbols      θ -> theta [learner, d], log σ included, of the probe (0) and the members (1 ..); member [N], who learns
              each training task; v = vec(x gᵀ) -> pairs (x, g) [task, row, ·]; E is over steps, then trajectories; D_k
-             -> Batch; clusters is P's K. K here, J, F, A, α, δ, Alg. 3 are maml.py's; numbers of equations are ours.
+             -> Batch; K: rollouts (P: clusters); J, F, A, α, δ, Alg. 3 are maml.py's; numbers of equations are ours.
 
 Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6, D8, D9, D12 are maml.py's
   D1  G's baseline never learns, and it divides advantages by their variance; here GAE on a linear baseline, normalised
@@ -144,7 +144,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
+        bounds = [0.0 if k % 2 else math.sqrt(6 / sum(x)) for k, x in enumerate(self.shapes[:-1])] + [0.0]  # b, W
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
@@ -351,13 +351,13 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
     theta = theta.detach().requires_grad_()
-    _mean, log_std = output = policy(theta, batch.obs)
+    output = policy(theta, batch.obs)  # mean, log σ
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    metric = weight * batch.used * (-2 * log_std.detach()).exp(), 2 * batch.used  # Λ: σ⁻² of the mean, 2 of log σ
+    metric = [weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used]  # Λ: σ⁻², and 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -479,21 +479,20 @@ def layer_gradients(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> list
     one = torch.ones_like(batch.obs[..., :1])
     x, inputs, outputs = batch.obs, [], []
     for weight, bias in zip(layers[::2], layers[1::2]):
-        inputs.append(torch.cat([x, one], dim=-1))
+        inputs.append(torch.cat([x, one], dim=-1).detach())
         outputs.append((x @ weight + bias).requires_grad_())
         x = policy.activation(outputs[-1])
     log_std = policy.log_std(theta).expand_as(outputs[-1]).clone().requires_grad_()
     score = log_prob(outputs[-1], log_std, batch).sum()
-    return list(zip([*(x.detach() for x in inputs), one], torch.autograd.grad(score, [*outputs, log_std])))
+    return list(zip([*inputs, one], torch.autograd.grad(score, [*outputs, log_std])))
 
 
 def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> tuple[list, Tensor]:
     """The vectors v of Eq. (8)-(10), squared for the diagonal of (8); and r, times the weight of its step in E."""
     kept = batch.taken.clone()  # [task, rollout, step], the steps of E
     kept[..., -1] &= args.embedding != "state-next-state"  # D16
-    steps = kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts
-    weight = kept / steps  # of a step in E
-    mean = (weight * batch.reward).sum((1, 2), keepdim=True) / weight.sum((1, 2), keepdim=True) if args.centre else 0.0
+    weight = kept / (kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts)  # of a step in E
+    mean = args.centre * (weight * batch.reward).sum((1, 2), keepdim=True)  # 0 without --centre
     reward = (batch.reward - mean) * batch.taken
     r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
     if args.embedding == "state-next-state":
@@ -608,8 +607,8 @@ def train(args: Args, run: "Run") -> None:
     agent = nn.ParameterDict({name: nn.Parameter(x.to(args.device), requires_grad=False) for name, x in parts.items()})
     theta = agent["theta"]  # [learner, d], changed in place
 
-    score = partial(evaluate, run.make_env, test_tasks, pool, policy, agent, args)
-    for iteration in run.loop(args.iterations, dict(agent=agent), score):
+    evaluation = partial(evaluate, run.make_env, test_tasks, pool, policy, agent, args)
+    for iteration in run.loop(args.iterations, dict(agent=agent), evaluation):
         frames = {"frames/probe": 0, "frames/embedding": 0} | {f"frames/member_{m}": 0 for m in range(1, len(theta))}
         # Alg. 1, l. 2-3, once: the trained probe meets the training tasks, they are clustered, and members begin
         if iteration == args.probe_iterations + 1:
@@ -617,10 +616,11 @@ def train(args: Args, run: "Run") -> None:
                 seen = observe(run.make_env, pool, policy, theta[0], run.rng, args)
             frames["frames/embedding"] = int(seen.taken.sum())
             found = transitions(policy, theta[0], seen, args)
-            products = inner_products(found, found, args)
-            member = torch.from_numpy(ward(products, args.clusters))
-            for name, x in dict(zip(Batch._fields, seen[:-1]), products=products, member=member).items():
+            fail("the probe met no reward to embed tasks by: more --probe-iterations?", when=not found[1].any())
+            for name, x in zip(Batch._fields, seen[:-1]):
                 agent[name].copy_(x)
+            agent["products"].copy_(inner_products(found, found, args))
+            agent["member"].copy_(torch.from_numpy(ward(agent["products"], args.clusters)))
             theta[1:] = theta[0] if args.warm_start else torch.stack([policy.init(run.rng) for _ in theta[1:]])
 
         # l. 1, the probe on all tasks; after it l. 4, the members in turn, each on tasks of its cluster (D10)
@@ -633,11 +633,11 @@ def train(args: Args, run: "Run") -> None:
             data = collect(env, tasks, policy, theta[learner], [args.alpha] * args.inner_steps, run.rng, args)
 
         stats = []
-        for m in np.unique(learner):  # Alg. 3, l. 10: every learner takes a step on its own tasks
-            mine = [batch.of(learner == m) for batch in data]
-            theta[m], stat = trpo_step(policy, theta[m], mine, args.alpha, args)  # D7
+        for j in np.unique(learner):  # Alg. 3, l. 10: every learner takes a step on its own tasks
+            mine = [batch.of(learner == j) for batch in data]
+            theta[j], stat = trpo_step(policy, theta[j], mine, args.alpha, args)  # D7
             stats.append(stat)
-            frames[f"frames/member_{m}" if m else "frames/probe"] = sum(int(batch.taken.sum()) for batch in mine)
+            frames[f"frames/member_{j}" if j else "frames/probe"] = sum(int(batch.taken.sum()) for batch in mine)
         run.frames += sum(frames.values())
 
         metrics = returns_by_step("train/return_step", data, np.zeros(len(tasks), int)) | frames  # pooled: D10
@@ -651,8 +651,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -692,7 +692,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -752,8 +752,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -770,6 +769,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -816,7 +816,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -831,7 +831,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

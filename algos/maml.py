@@ -147,7 +147,7 @@ class GaussianPolicy:
     def init(self, rng: torch.Generator) -> Tensor:
         """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [x for a, b in self.shapes[:-1:2] for x in (math.sqrt(6 / (a + b)), 0.0)] + [0.0]  # W, b, ...; log σ
+        bounds = [0.0 if k % 2 else math.sqrt(6 / sum(x)) for k, x in enumerate(self.shapes[:-1])] + [0.0]  # b, W
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:
@@ -282,14 +282,14 @@ def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
 
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:
     """L_i(θ; D) of Eq. (1), [task]; the forms have the same gradient at the parameters that sampled D."""
-    score = log_prob(*policy(theta, batch.obs), batch)
+    term = log_prob(*policy(theta, batch.obs), batch)
     if args.inner_loss != "log-likelihood":
-        log_ratio = score - log_prob(batch.mean, batch.log_std, batch)
-        score = log_ratio.exp()  # π/π_old
+        log_ratio = term - log_prob(batch.mean, batch.log_std, batch)
+        term = log_ratio.exp()  # π/π_old
     if args.inner_loss == "dice":  # ρ_t - ρ_t-1, ρ_t the ratio of the episode up to step t (D7)
         log_rho = log_ratio.cumsum(-1)
-        score = log_rho.exp() - (log_rho - log_ratio).exp()
-    return -(batch.weight * score * batch.advantage).sum((1, 2))
+        term = log_rho.exp() - (log_rho - log_ratio).exp()
+    return -(batch.weight * term * batch.advantage).sum((1, 2))
 
 
 def adapt(policy: GaussianPolicy, theta: Tensor, batch: Batch, alpha: float | Tensor, args: Args) -> Tensor:
@@ -347,13 +347,13 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
     """
     theta = theta.detach().requires_grad_()
-    _mean, log_std = output = policy(theta, batch.obs)
+    output = policy(theta, batch.obs)  # mean, log σ
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    metric = weight * batch.used * (-2 * log_std.detach()).exp(), 2 * batch.used  # Λ: σ⁻² of the mean, 2 of log σ
+    metric = [weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used]  # Λ: σ⁻², and 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
@@ -510,8 +510,8 @@ def train(args: Args, run: "Run") -> None:
     theta = nn.Parameter(theta, requires_grad=False)  # [learner, d], changed in place
     agent = nn.ParameterDict(dict(theta=theta))
 
-    score = partial(evaluate, test_env, test_tasks, policy, theta, args)
-    for _ in run.loop(args.iterations, dict(agent=agent), score):
+    evaluation = partial(evaluate, test_env, test_tasks, policy, theta, args)
+    for _ in run.loop(args.iterations, dict(agent=agent), evaluation):
         # l. 3: fresh tasks (D10), and who learns them
         tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))
         learner = assign(tasks, args)
@@ -523,9 +523,9 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 10: every learner takes a step on its own tasks
         stats = []
-        for m in np.unique(learner):
-            mine = [batch.of(learner == m) for batch in data]
-            theta[m], stat = trpo_step(policy, theta[m], mine, args.alpha, args)
+        for j in np.unique(learner):
+            mine = [batch.of(learner == j) for batch in data]
+            theta[j], stat = trpo_step(policy, theta[j], mine, args.alpha, args)
             stats.append(stat)
 
         metrics = returns_by_step("train/return_step", data, tasks.cluster)
@@ -539,8 +539,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -580,7 +580,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -640,8 +640,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -658,6 +657,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -704,7 +704,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -719,7 +719,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

@@ -475,9 +475,9 @@ def make_learner(make_env: Callable[[int], gym.vector.VectorEnv], tasks: envs.Ta
     obs_dim, action_dim = env.single_observation_space.shape[0], env.single_action_space.shape[0]
     agent = make_agent(obs_dim, action_dim, args)
     parts = dict(predictions=[agent["decoder"], agent["predictor"]])
-    for who, phi in ("exploiter", [agent["encoder"]]), ("explorer", []):  # φ learns with the exploiter's critic
-        parts[f"{who}_critic"] = [*phi, agent[who]["q"]]
-        parts[f"{who}_actor"] = [agent[who]["v"], agent[who]["policy"]]
+    for who in ("exploiter", "explorer"):
+        parts |= {f"{who}_critic": [agent[who]["q"]], f"{who}_actor": [agent[who]["v"], agent[who]["policy"]]}
+    parts["exploiter_critic"].insert(0, agent["encoder"])  # φ learns with the exploiter's critic
     adam = {k: torch.optim.Adam(nn.ModuleList(v).parameters(), lr=args.lr, fused=True) for k, v in parts.items()}
     widths, tokens_a_trial = (obs_dim, action_dim, 1, obs_dim, 1), args.explorer_episodes * (args.horizon + 1)
     rl, trials = Replay(len(tasks), sum(widths)), Replay(len(tasks), tokens_a_trial, obs_dim + action_dim + 1)
@@ -496,10 +496,10 @@ def collect_trials(learner: Learner, tasks: Tensor, trials: int, rng: torch.Gene
     env, seeds = learner.make_env(len(tasks)), torch.randint(2**31, (args.explorer_episodes,), generator=rng).tolist()
     noise = torch.randn(args.explorer_episodes, args.horizon, *env.action_space.shape, generator=rng).to(args.device)
     episodes, contexts = explore(env, learner.tasks[tasks.numpy()], learner.agent, seeds, noise, args.refresh)
+    steps = [transitions(e) for e in episodes]
     for i, k in enumerate(tasks.tolist()):
         learner.trials.add(k, contexts[i : i + 1])
-        for e in episodes:
-            learner.rl.add(k, transitions(e)[i, e.alive[i]])
+        [learner.rl.add(k, rows[i, e.alive[i]]) for rows, e in zip(steps, episodes)]
     return torch.stack([e.reward.sum(1) for e in episodes]).mean().item()
 
 
@@ -633,8 +633,8 @@ def train(args: Args, run: "Run") -> None:
     fail(too_many, when=len(tasks) < args.train_tasks)
     learner = make_learner(cache(run.make_env), tasks, args)
     state = dict(agent=learner.agent, rl=learner.rl, trials=learner.trials) | learner.adam
-    score = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, learner.agent, args)
-    for iteration in run.loop(args.iterations, state, score):
+    evaluation = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, learner.agent, args)
+    for iteration in run.loop(args.iterations, state, evaluation):
         with run.timer("sample"):
             if iteration == 1:  # l. 1
                 every = torch.arange(len(tasks))
@@ -651,8 +651,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -692,7 +692,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -752,8 +752,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -770,6 +769,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -816,7 +816,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -831,7 +831,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

@@ -1,4 +1,4 @@
-"""MILET: Meta Reinforcement Learning via Exploratory Task Clustering (ICLR 2023 submission; AAAI 2024).
+"""MILET: Meta-Reinforcement Learning via Exploratory Task Clustering (Chu, Cai and Wang, AAAI 2024; ICLR 2023 subm.).
 
 Official code: github.com/zdchu/MiLEt. Written from the paper; the numbered deviations say where and why it departs.
 
@@ -34,8 +34,8 @@ Deviations from the paper (P) or the official code (C)
   D11 C shows the policies the done flag, and states normalised without bounds, from the first PPO step on; here within
       [-10, 10], from iteration 1 on, no flag: but for --keep-terminal V(s_H) would hang on a weight nothing trains.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial.
-  D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t, so never s_0, and t drawn at random.
-  D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here only V's loss counts.
+  D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t: never s_0 nor s'_0; t is random.
+  D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here V learns alone.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.
@@ -384,10 +384,9 @@ def run_trial(
     obs = explore.obs[-1].numpy() if args.keep_terminal else start  # D4
     exploit, _ = rollout(env, obs, agent["phi"], encoder, memory, args, test)
     torch.set_num_threads(threads)
-    if test:
-        return explore, exploit
-    fine &= ~env.unwrapped.broke  # D12
-    return tuple(Episode(*(x[:, fine] for x in episode)) for episode in (explore, exploit))
+    keep = fine & ~env.unwrapped.broke | test  # D12
+    fail("the physics diverged in all trials", when=not keep.any())
+    return tuple(Episode(*(x[:, keep] for x in episode)) for episode in (explore, exploit))
 
 
 class TrialBuffer:
@@ -526,8 +525,8 @@ def ppo_update(
             ratio = log_ratio.exp()  # D6
             policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
             clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
-            huber = partial(F.smooth_l1_loss, target=target, reduction="none")
-            critic_loss = 0.5 * torch.maximum(huber(value), huber(clipped_value)).mean()
+            huber = [F.smooth_l1_loss(v, target, reduction="none") for v in (value, clipped_value)]
+            critic_loss = 0.5 * torch.maximum(*huber).mean()
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - entropy_coef * entropy if paid else critic_loss).backward()
@@ -651,8 +650,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -692,7 +691,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -752,8 +751,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -770,6 +768,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -816,7 +815,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -831,7 +830,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

@@ -27,8 +27,8 @@ Deviations from the paper (P) or C
      (OMNIGLOT: 1100, 100 and 423 characters; C has none for validation).
   D4 C turns the colours of FC100 into their negatives, by an overflow, and misplaces AIRCRAFT's variants with a slash
      in their name; here neither. C resizes OMNIGLOT and FC100 by Lanczos' filter; here all is bilinear.
-  D5 C draws more tasks than it uses, and small classes with replacement; here what is used, without replacement, and a
-     class of too few images is an error.
+  D5 C draws more tasks than it uses, images of small classes with replacement, and classes too where they are few; here
+     what is used, without replacement, and too few of either is an error.
   D6 Multi-MAML in C is one run a data set, each with a budget and step size of its own: so here, as MAML with the
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
@@ -105,7 +105,7 @@ class Args:
     alpha: float = 0.05  # α, inner step size
     inner_clip: float = 20.0  # largest entry of an inner gradient (0: no limit)
     eval_steps: int = 0  # gradient steps at evaluation (0: as many as in training)
-    eval_episodes: int = 100  # held-out tasks of every data set at an evaluation (at most 1000)
+    eval_episodes: int = 100  # held-out tasks of every data set at an evaluation (2 to 1000)
 
     channels: tuple[int, ...] = (32, 64, 128, 256)  # channels of the convolutions of both networks
     embedding: int = 128  # size of υ (not used with --modulation none)
@@ -133,7 +133,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--ways must be at least 2": args.ways >= 2,
         "--channels must name at least one layer": len(args.channels) > 0,
         "--shots must be less than --horizon": args.shots < args.horizon,
-        "--eval-episodes must be at most 1000": args.eval_episodes <= 1000,
+        "--eval-episodes must be from 2 to 1000": 2 <= args.eval_episodes <= 1000,
         "--alpha and --lr must be positive": min(args.alpha, args.lr) > 0,
         "--inner-clip must be at least 0": args.inner_clip >= 0,
     }
@@ -144,7 +144,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
 
 def make_convs(channels: tuple[int, ...]) -> nn.ParameterList:
     """W, b, W, b, ... of 3 x 3 convolutions."""
-    return nn.ParameterList(p for a, b in pairwise((3, *channels)) for p in nn.Conv2d(a, b, 3).parameters())
+    return nn.ParameterList(nn.ModuleList(nn.Conv2d(a, b, 3) for a, b in pairwise((3, *channels))).parameters())
 
 
 class TaskNet(nn.Module):
@@ -219,7 +219,7 @@ def split(classes: Classes, shares: tuple[float, ...] = SHARES, sort: bool = Tru
     """In an order shuffled with the official seed (D3)."""
     names = sorted(classes) if sort else [*classes]
     np.random.RandomState(123).shuffle(names)
-    end_train, end_val = (round(len(names) * share) for share in (shares[0], shares[0] + shares[1]))
+    end_train, end_val = round(len(names) * shares[0]), round(len(names) * (shares[0] + shares[1]))
     parts = dict(train=names[:end_train], val=names[end_train:end_val], test=names[end_val:])
     return {part: {name: classes[name] for name in chosen} for part, chosen in parts.items()}
 
@@ -236,7 +236,7 @@ def folders(root: Path, pattern: str) -> Classes:
 
 def omniglot(root: Path) -> dict[str, Classes]:
     """omniglot-py/{images_background,images_evaluation}/ALPHABET/characterNN/NNNN_KK.png"""
-    return split(folders(root / "omniglot-py", "images_*/*/*"), (1100 / 1623, 100 / 1623, 423 / 1623))
+    return split(folders(root / "omniglot-py", "images_[be]*[dn]/*/*"), (1100 / 1623, 100 / 1623, 423 / 1623))
 
 
 def mini_imagenet(root: Path) -> dict[str, Classes]:
@@ -346,7 +346,7 @@ class DataSet:
 
     def __init__(self, reader: Callable[[Path], dict[str, Classes]], args: Args):
         self.name, self.size, self.read_before = reader.__name__, args.img_size, {}
-        with blame(f"{self.name} in --data {args.data}, which should have {reader.__doc__}"):
+        with blame(f"{self.name}, read from {reader.__doc__} (--data {args.data})"):
             parts = reader(Path(args.data))
             for part, classes in parts.items():
                 if len(classes) < (1 if part == "val" else args.ways):
@@ -439,8 +439,8 @@ def draw_images(tasks: envs.Tasks, data: list[DataSet], part: str, args: Args) -
     drawn = np.stack([data[int(mode)].draw(int(seed), part, args) for mode, seed in tasks.params])
     x = torch.from_numpy(drawn).to(args.device).movedim(-1, 3).float() / 255  # [task, N, K + Q, 3, S, S]
     y = torch.arange(args.ways, device=args.device)[:, None].expand(len(x), -1, args.horizon)
-    halves = (x[:, :, : args.shots], y[:, :, : args.shots]), (x[:, :, args.shots :], y[:, :, args.shots :])
-    return tuple(Images(x.flatten(1, 2), y.flatten(1, 2)) for x, y in halves)
+    cut = slice(args.shots), slice(args.shots, None)  # support, query
+    return tuple(Images(x[:, :, k].flatten(1, 2), y[:, :, k].flatten(1, 2)) for k in cut)
 
 
 # == Inner adaptation ==================================================================================================
@@ -539,7 +539,7 @@ def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, 
     """Half the width of the 95 % interval of a mean over tasks: of every true cluster, and of all, in equal parts."""
     groups = {m: scores[clusters == m] for m in np.unique(clusters)}
     halves = {f"{name}_cluster_{m}": float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) for m, x in groups.items()}
-    return {name: float(np.linalg.norm([*halves.values()])) / len(halves)} | halves
+    return {name: math.hypot(*halves.values()) / len(halves)} | halves
 
 
 def score_tasks(
@@ -601,8 +601,8 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(args, len(data) if args.oracle else 1)
     adam = torch.optim.Adam(agent.parameters(), args.lr)  # of θ and ω: two with one rate are one
 
-    score = partial(evaluate, test_tasks, data, agent, args)
-    for _ in run.loop(args.iterations, dict(agent=agent, adam=adam), score):
+    evaluation = partial(evaluate, test_tasks, data, agent, args)
+    for _ in run.loop(args.iterations, dict(agent=agent, adam=adam), evaluation):
         # l. 4: tasks of all data sets in turn, from a random one on
         with run.timer("sample"):
             tasks = env.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))
@@ -617,8 +617,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -658,7 +658,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -718,8 +718,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -736,6 +735,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -782,7 +782,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -797,7 +797,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

@@ -116,6 +116,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         f"--tasks must be a multiple of {families}": args.tasks % families == 0,
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
         f"--modulated-layers must be at most {len(args.hidden)}": layers <= len(args.hidden),
+        "--bias-dim needs --modulation none (D3)": args.bias_dim == Args.bias_dim or args.modulation == "none",
         "--shots must be less than --horizon": args.shots < args.horizon,
         "--alpha, --lr and --outer-clip must be positive": min(args.alpha, args.lr, args.outer_clip) > 0,
         "--inner-clip must be at least 0": (args.inner_clip or 0) >= 0,
@@ -306,8 +307,8 @@ class PerTask(NamedTuple):
 
 def inner_clip(args: Args) -> float:
     """Largest entry of an inner gradient (D5)."""
-    default = math.inf if args.modulation == "none" else 10.0
-    return default if args.inner_clip is None else args.inner_clip or math.inf
+    default = 0 if args.modulation == "none" else 10.0
+    return (default if args.inner_clip is None else args.inner_clip) or math.inf
 
 
 def predict(theta: "PerTask | LowRank", x: Tensor, tau: list[Tensor], args: Args) -> tuple[Tensor, list]:
@@ -437,7 +438,7 @@ def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, 
     """Half the width of the 95 % interval of a mean over tasks: of every true cluster, and of all, in equal parts."""
     groups = {m: scores[clusters == m] for m in np.unique(clusters)}
     halves = {f"{name}_cluster_{m}": float(1.96 * x.std(ddof=1) / np.sqrt(len(x))) for m, x in groups.items()}
-    return {name: float(np.linalg.norm([*halves.values()])) / len(halves)} | halves
+    return {name: math.hypot(*halves.values()) / len(halves)} | halves
 
 
 def predictions(
@@ -467,7 +468,7 @@ def evaluate(tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict,
     steps, cluster, learner = args.eval_steps or args.inner_steps, tasks.cluster, assign(tasks, args)
     support, query = draw_pairs(tasks, torch.Generator().manual_seed(10**6), args)
     values = predictions(agent, support, query.x, learner, steps, args)  # [step, task, point]
-    error, clean = (((values - y[..., 0].cpu().numpy()) ** 2).mean(-1) for y in (query.y, query.clean))
+    error, clean = (np.square(values - y[..., 0].cpu().numpy()).mean(-1) for y in (query.y, query.clean))
 
     metrics = {}
     for k in range(steps + 1):
@@ -509,8 +510,8 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(args, env.num_clusters if args.oracle else 1)
     adam = torch.optim.Adam(agent.parameters(), args.lr)  # of θ and ω: two with one rate are one
 
-    score = partial(evaluate, test_tasks, agent, args)
-    for _ in run.loop(args.iterations, dict(agent=agent, adam=adam), score):
+    evaluation = partial(evaluate, test_tasks, agent, args)
+    for _ in run.loop(args.iterations, dict(agent=agent, adam=adam), evaluation):
         # l. 4: fresh functions, and points of each
         with run.timer("sample"):
             tasks = env.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))
@@ -529,8 +530,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -570,7 +571,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -630,8 +631,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -648,6 +648,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -694,7 +695,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -709,7 +710,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

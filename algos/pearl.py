@@ -35,8 +35,8 @@ Deviations from the official code (C)
       meanwhile, each visit infers from a context of its own, and plays until it has its steps.
   D2  C counts steps at test too, so that robots that fall get more episodes; here everyone gets eval_episodes.
   D3  C keeps contexts in a second buffer, both float64 and of 1e6 steps a task; here one float32 storage holds the
-      whole run, and two indices say which of its rows belong to a task, and which to its context. The step in which a
-      simulation diverges is dropped.
+      whole run, and two indices say which of its rows belong to a task, and which to its context. So none is forgotten
+      (C forgets in cheetah-dir from iteration 200 on). The step in which a simulation diverges is dropped.
   D4  C has five optimisers; here one for critic and encoder, one for V and π. Adam is elementwise: the same steps.
   D5  C tests on its own tasks, several times each where there are few; here on the environment's own, once each.
       C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2). Its sparse point
@@ -625,8 +625,8 @@ def train(args: Args, run: "Run") -> None:
     learner = make_learner(cache(run.make_env), tasks, args)
     parts = "agent", "storage", "rl", "context", "adam_critic", "adam_actor"
     state = {name: getattr(learner, name) for name in parts}
-    score = partial(evaluate, learner.make_env, test_tasks, tasks[: len(test_tasks)], learner.agent, args)
-    for iteration in run.loop(args.iterations, state, score):
+    evaluation = partial(evaluate, learner.make_env, test_tasks, tasks[: len(test_tasks)], learner.agent, args)
+    for iteration in run.loop(args.iterations, state, evaluation):
         with run.timer("sample"):
             if iteration == 1:  # l. 1
                 every = torch.arange(len(tasks))
@@ -641,8 +641,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -682,7 +682,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -742,8 +742,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -760,6 +759,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -806,7 +806,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -821,7 +821,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

@@ -130,7 +130,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--visits must be a multiple of --clusters, --train-tasks at least --clusters": args.visits % k == 0 and n >= k,
         "--train-tasks times --embed-repeats must be from 3, and above --clusters": n * args.embed_repeats > max(2, k),
         f"--oracle needs --clusters {env.num_clusters}": not args.oracle or k == env.num_clusters,
-        "--eval-episodes must be at least 2, --eval-prior-episodes at most that": 1 < most >= args.eval_prior_episodes,
+        "--eval-episodes must be at least 2 and --eval-prior-episodes": most >= max(2, args.eval_prior_episodes),
         "--reward-scale and --lr must be positive": min(args.reward_scale, args.lr) > 0,
         "--kl-weight and --policy-regularisation must be at least 0": min(weights) >= 0,
         "--gamma must be in [0, 1], and --tau in (0, 1]": 0 <= args.gamma <= 1 and 0 < args.tau <= 1,
@@ -493,8 +493,8 @@ def observe(
     r = r / e.alive.sum(1).clamp(min=1)[:, None, None]  # with the weight of the step in E
     s, after, one, epsilon = e.obs[:, :-1], e.obs[:, 1:], torch.ones_like(r), noise.transpose(0, 1)
     h = agent["policy"].features(torch.cat([s, z[:, None] * one], dim=-1).flatten(0, 1).to(args.device))
-    _, log_std = agent["policy"].head(h)[0].chunk(2, dim=-1)
-    h, std = (y.cpu().view(*e.reward.shape, -1) for y in (h[0], log_std.clamp(-20, 2).exp()))
+    std = agent["policy"].head(h)[0].chunk(2, dim=-1)[1].clamp(-20, 2).exp()
+    h, std = h[0].cpu().view(*e.reward.shape, -1), std.cpu().view(*e.reward.shape, -1)
     h1, x = torch.cat([h, one], dim=-1), torch.cat([s, after], dim=-1)  # [h, 1] of Eq. (13), x of Eq. (10)
     gradient = torch.cat([epsilon / std, epsilon**2 - 1], dim=-1)  # Eq. (13): by m and ln σ
     square = torch.cat([std**-2, 2 * one.expand_as(std)], dim=-1)  # Eq. (13): the mean of its square over ã (D10)
@@ -560,7 +560,7 @@ def evaluate(
     """Alg. 4 in the held-out tasks (D5): metrics (herd/: of the points, in the training tasks pool), and arrays."""
     learners, herd, rng = agent["learners"], agent["herd"], torch.Generator().manual_seed(2 * 10**6 + args.seed)
     labels, points, owner = (herd[name].numpy() for name in ("labels", "points", "owner"))
-    kind, episodes, seeds, learner = KINDS.index(args.embedding), [], [], (1 + tasks.cluster) * args.oracle
+    kind, episodes, seeds, learner = KINDS.index(args.embedding), [], [], np.where(args.oracle, 1 + tasks.cluster, 0)
     if owner.any() and not args.oracle:  # before, learner 0 is a single PEARL
         played, seed, phi = observe(env, tasks, learners[0], rng, args)  # Alg. 4, l. 1
         learner = assign(herd["phi"], labels[kind], owner, phi[args.embedding], args.embedding)  # l. 2
@@ -609,14 +609,14 @@ def train(args: Args, run: "Run") -> None:
     n, layer = len(tasks) * args.embed_repeats, sum(x.numel() for x in learners[0].agent["policy"].layers[-1])
     size = {"state-next-state": (2 * env.obs_dim) ** 2, "latent": args.latent_dim}.get(args.embedding, layer)
     herd = dict(phi=torch.zeros(n, size), points=torch.zeros(len(KINDS), n, 50))
-    herd["owner"] = torch.from_numpy((1 + tasks.cluster) * args.oracle)
+    herd["owner"] = torch.from_numpy(np.where(args.oracle, 1 + tasks.cluster, 0))
     herd["labels"] = herd["owner"].repeat_interleave(args.embed_repeats).repeat(len(KINDS), 1)
     herd = nn.ParameterDict({name: nn.Parameter(x, requires_grad=False) for name, x in herd.items()})
     agent = nn.ModuleDict(dict(learners=nn.ModuleList(learner.agent for learner in learners), herd=herd))
     names = "storage", "rl", "context", "adam_critic", "adam_actor"
     state = {f"{name}_{m}": getattr(learner, name) for m, learner in enumerate(learners) for name in names}
-    score = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, tasks, agent, args)
-    for iteration in run.loop(args.iterations, dict(agent=agent) | state, score):
+    evaluation = partial(evaluate, run.make_env(len(test_tasks)), test_tasks, tasks, agent, args)
+    for iteration in run.loop(args.iterations, dict(agent=agent) | state, evaluation):
         frames = {"frames/probe": 0, "frames/embedding": 0} | {f"frames/member_{m}": 0 for m in range(1, len(learners))}
         # Alg. 3, l. 2-3, once: the trained probe meets the training tasks, they are clustered, and members begin
         if iteration == args.probe_iterations + 1 and not args.oracle:
@@ -651,8 +651,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -692,7 +692,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -752,8 +752,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -770,6 +769,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -816,7 +816,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -831,7 +831,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

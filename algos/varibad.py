@@ -378,8 +378,8 @@ def run_trial(
     """Two episodes in each task, on one running belief."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
-    no_memory = torch.zeros(len(tasks), args.hidden)
-    h = (torch.from_numpy(tasks.params).float() if args.oracle else no_memory).to(args.device)
+    h = torch.from_numpy(tasks.params).float() if args.oracle else torch.zeros(len(tasks), args.hidden)
+    h = h.to(args.device)
     with_flag = partial(np.pad, pad_width=((0, 0), (0, 1)))  # appends the done flag, 0, to every state
     obs = with_flag(env.reset(seed=seed, options={"tasks": tasks})[0])
     first, h = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
@@ -388,10 +388,9 @@ def run_trial(
     obs = first.obs[-1].numpy() if args.keep_terminal else start  # D3
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
-    if test:
-        return first, second
-    fine &= ~env.unwrapped.broke  # D11
-    return tuple(Episode(*(x[:, fine] for x in episode)) for episode in (first, second))
+    keep = fine & ~env.unwrapped.broke | test  # D11
+    fail("the physics diverged in all trials", when=not keep.any())
+    return tuple(Episode(*(x[:, keep] for x in episode)) for episode in (first, second))
 
 
 # Copied from algos/milet.py
@@ -521,8 +520,8 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
             clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
-            huber = partial(F.smooth_l1_loss, target=target, reduction="none")
-            critic_loss = 0.5 * torch.maximum(huber(value), huber(clipped_value)).mean()  # Eq. (3)
+            huber = [F.smooth_l1_loss(v, target, reduction="none") for v in (value, clipped_value)]
+            critic_loss = 0.5 * torch.maximum(*huber).mean()  # Eq. (3)
             entropy = pi.entropy().sum(-1).mean()
             optimizer.zero_grad()
             (policy_loss + args.value_coef * critic_loss - args.entropy * entropy).backward()
@@ -628,8 +627,8 @@ def train(args: Args, run: "Run") -> None:
 # == The same in every script ==========================================================================================
 # The algorithm ends here. Below, to the byte as in every other script: run folder, checkpoint, signals, command line.
 SCRIPT = Path(__file__).stem
-ON_RESUME = "resume frames iterations eval_every save_every device num_threads track run_dir".split()  # what may change
-ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes device num_threads run_dir".split()
+ON_RESUME = "resume frames iterations eval_every save_every data device num_threads track run_dir".split()  # may change
+ON_EVALUATE = "evaluate seed alpha eval_steps eval_episodes eval_prior_episodes data device num_threads run_dir".split()
 
 
 def fail(message: object, when: object = True) -> None:
@@ -669,7 +668,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.2f}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)
@@ -729,8 +728,7 @@ class Run:
             fail(f"another process writes {file.name}", when=file.tell() != self.sizes[f"{name}.csv"])
             values = ",".join(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()) + "\n"
             self.sizes[f"{name}.csv"] += file.write((values if file.tell() else f"{','.join(row)}\n{values}").encode())
-        for key, value in metrics.items():
-            self.tensorboard.add_scalar(key, value, self.frames)
+        [self.tensorboard.add_scalar(key, value, self.frames) for key, value in metrics.items()]
 
     def open(self, iterations: int) -> None:
         """The run folder, new, or cut back to the checkpoint that was loaded; TensorBoard, W&B, and the screen."""
@@ -747,6 +745,7 @@ class Run:
                 from wandb import init
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
+        self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
         self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
@@ -793,7 +792,7 @@ def parse_args(argv: list[str]) -> Args:
         with blame(f"{folder} is not a run folder, or its args.json is damaged"):
             stored = json.loads((Path(folder) / "args.json").read_text())
             fail(f"{folder} is a run of {stored['script']}.py", when=stored.pop("script") != SCRIPT)
-            differ = stored.keys() - vars(default) | {"env", "seed", "horizon"} - stored.keys()
+            differ = (stored.keys() - vars(default)) | ({"env", "seed", "horizon"} - stored.keys())
             fail(f"{folder} does not fit this {SCRIPT}.py, because of {', '.join(sorted(differ))}", when=differ)
             [tqdm.write(f"{folder} has no {x}: default {getattr(Args, x)}") for x in vars(default) if x not in stored]
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
@@ -808,7 +807,7 @@ def parse_args(argv: list[str]) -> Args:
         for n in value if isinstance(value, tuple) else (value,):
             fail(f"{flag} must be from {least} to 2^31", when=type(n) is int and not least <= n <= 2**31)
             fail(f"{flag} must be finite", when=type(n) is float and not np.isfinite(n))
-    [fail(message) for message, holds in check(args, env).items() if not holds]
+    [fail(message, when=not holds) for message, holds in check(args, env).items()]
     fail("--device cuda, but PyTorch finds no GPU", when=args.device == "cuda" and not torch.cuda.is_available())
     return args
 

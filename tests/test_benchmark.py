@@ -133,7 +133,7 @@ def test_slurm_submits_every_run_and_then_the_figure(house):
     for name, job in zip(RUNS, jobs):
         folder = "milet-point--frames-25600"
         wanted = f"--job-name={folder}/{name} --output=runs/{folder}/{name}.log --open-mode=append --requeue "
-        wanted += "--signal=B:TERM@120 --time=1:00:00 --dependency=singleton"
+        wanted += "--signal=B:TERM@600 --time=1:00:00 --dependency=singleton"
         assert set(wanted.split()) <= set(job.split("\n"))
         assert f"--wrap=exec ./benchmark.sh milet-point --only {name} -- --frames 25600" in job
     ids = re.findall(r"^job (\d+)", result.stdout, re.M)

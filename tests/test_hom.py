@@ -156,6 +156,14 @@ def test_the_probe_is_embedded_by_actions_drawn_anew_where_the_matrix_is_fishers
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
 
 
+def test_a_probe_that_meets_no_reward_ends_the_run(single, monkeypatch, tmp_path):
+    monkeypatch.setattr(envs.ENVIRONMENTS["point-goal-sparse"], "reward", lambda self, *_: np.zeros(self.num_envs))
+    flags = TINY | dict(env="point-goal-sparse", clusters=2, train_tasks=12, probe_iterations=1, embed_rollouts=1)
+    args = hom.Args(preset="paper", num_threads=1, iterations=2, run_dir=str(tmp_path), **flags)
+    with pytest.raises(SystemExit, match="error: the probe met no reward"):
+        hom.train(args, hom.Run(args))
+
+
 @pytest.mark.parametrize("warm_start", [False, True])
 def test_with_one_cluster_it_is_maml_up_to_the_probes_offset(single, monkeypatch, tmp_path, warm_start):
     """Both on the same training tasks: before the herd as it is, then from the state in which the member begins."""

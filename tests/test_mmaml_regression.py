@@ -494,6 +494,7 @@ RULES = [
     ("--env functions-3m --tasks 50", "--tasks must be a multiple of 3"),
     ("--oracle", "--oracle needs --modulation none"),
     ("--hidden 10 10", "--modulated-layers must be at most 2"),
+    ("--bias-dim 7", "--bias-dim needs --modulation none (D3)"),
     ("--shots 10", "--shots must be less than --horizon"),
     ("--alpha 0", "--alpha, --lr and --outer-clip must be positive"),
     ("--lr -1", "--alpha, --lr and --outer-clip must be positive"),

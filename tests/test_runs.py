@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import maml
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_evaluates_with_other_steps_and_rates(copy, capsys):
     for alpha in (0.1, 1e-6):
         main("--evaluate", copy, "--eval-steps", 4, "--alpha", alpha)
         output = capsys.readouterr().out
-        same = {k: f"eval/return_step_{k} {float(last[f'eval/return_step_{k}']):.2f}\n" in output for k in (0, 1)}
+        same = {k: f"eval/return_step_{k} {float(last[f'eval/return_step_{k}']):.4g}\n" in output for k in (0, 1)}
         assert same == {0: True, 1: alpha == 0.1} and "eval/return_step_4_cluster_1" in output
     assert float(np.load(copy / "eval.npz")["alpha"]) == 1e-6
 
@@ -309,6 +310,38 @@ def test_nan_stops_the_run_with_the_last_good_checkpoint(tmp_path):
     assert "iteration 1: trpo/surrogate_before is not finite; last good checkpoint: " in message
     path = only_run(tmp_path)
     assert torch.load(path / "checkpoint.pt", weights_only=True)["iteration"] == 0
+
+
+@pytest.mark.parametrize("script", ["milet", "varibad", "rl2"])
+def test_a_trial_whose_physics_diverges_teaches_nothing(monkeypatch, script):
+    """In either episode; at a test it counts, without pay after that step. If all diverge, the run ends."""
+    algo, broken = importlib.import_module(script), {}  # copy -> the step in which it diverges, of 2 x 5
+    args = algo.Args(env="point-goal-4c", horizon=5, hidden=8, num_threads=1)
+    env = gym.make_vec(args.env, num_envs=4, horizon=5)
+    steps = []
+
+    def diverged(self):
+        steps.append(None)
+        return np.array([broken.get(copy) == len(steps) for copy in range(4)])
+
+    monkeypatch.setattr(type(env.unwrapped), "diverged", diverged)
+    sizes = [env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0]]
+    agent = algo.make_agent(*sizes, *([env.unwrapped.task_dim] if script == "varibad" else []), args)
+    tasks = env.unwrapped.task_set("test")[:4]
+    whole = algo.run_trial(env, tasks, 0, agent, args, test=True)
+    for broken, left in ({1: 3}, [0, 2, 3]), ({1: 3, 2: 8}, [0, 3]):
+        for test in (True, False):
+            steps.clear()
+            torch.manual_seed(0)
+            episodes = algo.run_trial(env, tasks, 0, agent, args, test)
+            assert all(len(episode.reward[0]) == (4 if test else len(left)) for episode in episodes)
+            if test:
+                assert all(torch.equal(e.reward[:, left], w.reward[:, left]) for e, w in zip(episodes, whole))
+                assert (episodes[0].reward[2:, 1] == 0).all() and (episodes[0].reward[:2, 1] != 0).all()
+    broken = dict.fromkeys(range(4), 2)
+    steps.clear()
+    with pytest.raises(SystemExit, match=f"{script}.py: error: the physics diverged in all trials"):
+        algo.run_trial(env, tasks, 0, agent, args, test=False)
 
 
 def test_a_metric_that_is_not_finite_is_named(tmp_path):

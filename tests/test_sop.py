@@ -474,7 +474,7 @@ def test_more_training_tasks_than_there_are_get_one_line(tmp_path):
 
 MEMBERS = "--visits must be a multiple of --clusters, --train-tasks at least --clusters"
 POINTS = "--train-tasks times --embed-repeats must be from 3, and above --clusters"
-EPISODES = "--eval-episodes must be at least 2, --eval-prior-episodes at most that"
+EPISODES = "--eval-episodes must be at least 2 and --eval-prior-episodes"
 RULES = [
     ("--iterations 10 --probe-iterations 10", "--probe-iterations must be below --iterations"),
     ("--clusters 3", MEMBERS),

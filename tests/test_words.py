@@ -113,6 +113,15 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+def test_the_agent_in_ones_own_code_walks(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "milet.md").read_text(), re.S)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = {}
+    exec(code, names)
+    assert names["exploit"].reward.sum(0).mean() > -160  # standing still: -261
+
+
 @pytest.mark.parametrize("command", sorted({shortened(c) for c in COMMANDS if "RUN" not in c}), ids=str)
 def test_documented_commands_run(command, tmp_path, monkeypatch):
     """Within this process; those on RUN are in test_runs.py."""
