@@ -329,7 +329,8 @@ def test_a_trial_whose_physics_diverges_teaches_nothing(monkeypatch, script):
     agent = algo.make_agent(*sizes, *([env.unwrapped.task_dim] if script == "varibad" else []), args)
     tasks = env.unwrapped.task_set("test")[:4]
     whole = algo.run_trial(env, tasks, 0, agent, args, test=True)
-    for broken, left in ({1: 3}, [0, 2, 3]), ({1: 3, 2: 8}, [0, 3]):
+    for new, left in ({1: 3}, [0, 2, 3]), ({1: 3, 2: 8}, [0, 3]):
+        broken.update(new)
         for test in (True, False):
             steps.clear()
             torch.manual_seed(0)
@@ -338,7 +339,7 @@ def test_a_trial_whose_physics_diverges_teaches_nothing(monkeypatch, script):
             if test:
                 assert all(torch.equal(e.reward[:, left], w.reward[:, left]) for e, w in zip(episodes, whole))
                 assert (episodes[0].reward[2:, 1] == 0).all() and (episodes[0].reward[:2, 1] != 0).all()
-    broken = dict.fromkeys(range(4), 2)
+    broken.update(dict.fromkeys(range(4), 2))
     steps.clear()
     with pytest.raises(SystemExit, match=f"{script}.py: error: the physics diverged in all trials"):
         algo.run_trial(env, tasks, 0, agent, args, test=False)
