@@ -277,10 +277,10 @@ class Recurrence(torch.autograd.Function):
         dc = (1 - z) * (1 - c**2)  # ∂h'/∂x_c
         dh = torch.stack([dc * h_c * r * (1 - r), (h - c) * z * (1 - z), dc * r], dim=2)  # ∂h'/∂(h_r, h_z, h_c)
         total, from_later = grad.clone(), torch.zeros_like(h[0])  # ∂loss/∂h', and its share from later steps
-        for total_t, dh_t, z_t in reversed(list(zip(total, dh, z))):  # dh becomes ∂loss/∂(h_r, h_z, h_c)
-            total_t += from_later
-            dh_t *= total_t[:, None]
-            from_later = torch.addmm(total_t * z_t, dh_t.flatten(1), w_h)
+        for t in reversed(range(len(grad))):  # dh becomes ∂loss/∂(h_r, h_z, h_c)
+            total[t] += from_later
+            dh[t] *= total[t, :, None]
+            from_later = torch.addmm(total[t] * z[t], dh[t].flatten(1), w_h)
         dx = torch.cat([dh[:, :, :2].flatten(2), dc * total], dim=2)
         dx, dh, x, h = (v.flatten(0, 1) for v in (dx, dh.flatten(2), x, h))
         return None, (dx @ w_x).unflatten(0, grad.shape[:2]), from_later, dx.T @ x, dh.T @ h, dx.sum(0), dh.sum(0)

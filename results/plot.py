@@ -253,7 +253,7 @@ def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[M
         args = runs[0][0]
         colour, n = np.array(to_rgb(colours[algorithm(args)])), next(shade[algorithm(args)])
         colour = colour if n == 0 else colour * 0.7**n if n % 2 else 1 - (1 - colour) * 0.7**n  # darker, lighter, ...
-        label = f"{label} ({len(runs)} seed{'s'[: len(runs) > 1]})".replace("$", r"\$")
+        label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})".replace("$", r"\$")
         line = ("-", "--", "-.", ":")[n % 4]
         result.append(Method(label, args, tuple(colour), line, [table for _, table in runs]))
     return result
@@ -265,7 +265,7 @@ def title_of(column: str) -> str:
 
 
 def after(k: int) -> str:
-    return f"after {k} gradient step{'s'[k == 1 :]}" if k else "before a gradient step"
+    return f"after {k} gradient step{'s' * (k != 1)}" if k else "before a gradient step"
 
 
 def panels(compared: list[Method]) -> dict[str, list[str]]:
