@@ -7,9 +7,9 @@
 #   SLURM=1 ./benchmark.sh CAMPAIGN       every run is a Slurm job; the figures are jobs that wait for them
 # The same command again continues what is unfinished and leaves what is finished. Ctrl-C, SIGTERM or a closed terminal
 # lets the runs save. If a run fails, the others save and stop, and no figure is drawn.
-# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job. LEAD=600 seconds before
-# its time is over, or when it is preempted, its run finishes the iteration, saves, and the job queues again. sbatch
-# also reads its own variables: SBATCH_PARTITION, SBATCH_ACCOUNT and others.
+# CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job, whose
+# run finishes its iteration and saves when it is preempted, or LEAD=600 seconds before its time is over (TIME must be
+# much longer); then the job queues again. sbatch also reads its own variables: SBATCH_PARTITION and others.
 set -euo pipefail
 shopt -s nullglob # a method that has no stored run on an environment is not in its figure
 
@@ -346,7 +346,7 @@ stop() { # STATUS: what runs finishes its iteration and saves (at a second signa
 submit() { # NAME LOG: this script with --only NAME, as a job; never two of one name at a time
   local id
   id=$(sbatch --parsable --job-name="${folder#runs/}/$1" --output="$2" --open-mode=append --requeue \
-    --signal=B:TERM@${LEAD:-600} --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-8G}" \
+    --signal=B:TERM@"${LEAD:-600}" --time="${TIME:-4:00:00}" --cpus-per-task="$CPUS" --mem="${MEM:-8G}" \
     --dependency="singleton$needs" --kill-on-invalid-dep=yes \
     --wrap="$(printf '%q ' exec ./benchmark.sh "$chosen" --only "$1" -- "${extra[@]}")")
   ids+=("${id%;*}")

@@ -687,7 +687,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.6g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)

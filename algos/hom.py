@@ -492,7 +492,7 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     kept = batch.taken.clone()  # [task, rollout, step], the steps of E
     kept[..., -1] &= args.embedding != "state-next-state"  # D16
     weight = kept / (kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts)  # of a step in E
-    mean = args.centre * (weight * batch.reward).sum((1, 2), keepdim=True)  # 0 without --centre
+    mean = args.centre * (weight * batch.reward).sum((1, 2), True) / weight.sum((1, 2), True).clamp(min=1e-8)
     reward = (batch.reward - mean) * batch.taken
     r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
     if args.embedding == "state-next-state":
@@ -692,7 +692,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.6g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)

@@ -236,7 +236,8 @@ def folders(root: Path, pattern: str) -> Classes:
 
 def omniglot(root: Path) -> dict[str, Classes]:
     """omniglot-py/{images_background,images_evaluation}/ALPHABET/characterNN/NNNN_KK.png"""
-    return split(folders(root / "omniglot-py", "images_[be]*[dn]/*/*"), (1100 / 1623, 100 / 1623, 423 / 1623))
+    one, two = (folders(root / "omniglot-py", f"images_{part}/*/*") for part in ("background", "evaluation"))
+    return split(one | two, (1100 / 1623, 100 / 1623, 423 / 1623))
 
 
 def mini_imagenet(root: Path) -> dict[str, Classes]:
@@ -658,7 +659,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.6g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)

@@ -342,7 +342,8 @@ def run_trial(
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
     keep = fine & ~env.unwrapped.broke | test  # D8
-    fail("the physics diverged in all trials", when=not keep.any())
+    if not keep.any():
+        raise FloatingPointError("the physics diverged in all trials")
     return tuple(Episode(*(x[:, keep] for x in episode)) for episode in (first, second))
 
 
@@ -547,7 +548,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.6g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)

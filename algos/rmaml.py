@@ -539,7 +539,7 @@ def hypergradient(policy: GaussianPolicy, theta: Tensor, data: list[Batch], alph
         (u,) = torch.autograd.grad(surrogate(*policy(leaf, outer.obs), outer).sum(), leaf)  # ∇S_i(θ'_i)
         for inner_grad, hessian in reversed(steps):
             total += (u * inner_grad).sum(0)  # Eq. (8)
-            u = u - hessian(alpha * u)  # ∇S_i at θ_k, by this step's factor of J_iᵀ, Eq. (5)
+            u = u - hessian(alpha * u)  # ∇S_i at θ_k, by this step's factor of J_iᵀ, Eq. (5); at θ_0 not needed
     return total
 
 
@@ -687,7 +687,7 @@ class Run:
         self.state, self.evaluate = state, evaluate  # what checkpoints hold; what gives a row of eval.csv, and eval.npz
         if self.args.evaluate:
             self.load("agent.pt", {"agent": state["agent"]})
-            return print(*(f"{name} {value:.4g}" for name, value in self.evaluation().items()), figures, sep="\n")
+            return print(*(f"{name} {value:.6g}" for name, value in self.evaluation().items()), figures, sep="\n")
         if self.args.resume:
             self.load("checkpoint.pt", state)
             fail(f"{self.path} is at iteration {self.iteration} already", when=self.iteration > iterations)

@@ -678,6 +678,7 @@ RULES = [
     ("--ways 1", "--ways must be at least 2"),
     ("--channels", "--channels must name at least one layer"),
     ("--shots 16", "--shots must be less than --horizon"),
+    ("--eval-episodes 1", "--eval-episodes must be from 2 to 1000"),
     ("--eval-episodes 1001", "--eval-episodes must be from 2 to 1000"),
     ("--alpha 0", "--alpha and --lr must be positive"),
     ("--lr 0", "--alpha and --lr must be positive"),
