@@ -51,8 +51,8 @@ def shortened(command: str) -> str:
         short += ["--eval-every", "2", *SHORT[Path(script).stem].split()]
     for flag in {f for f in short if f.startswith("--")} & set(words):
         del words[words.index(flag) : words.index(flag) + 2]
-    if "--switch-at" in words:  # within the short run
-        words[words.index("--switch-at") + 1] = "1"
+    for flag in {"--switch-at", "--oracle-warmup"} & set(words):  # within the short run
+        words[words.index(flag) + 1] = "1"
     return shlex.join([script, *words, *short])
 
 
