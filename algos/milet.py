@@ -33,7 +33,7 @@ Deviations from the paper (P) or the official code (C)
       and Alg. 2 (Sec. 4.1: z); the target is copied every 50 iterations, as C (P: epochs).
   D11 C shows the policies the done flag, and states normalised without bounds, from the first PPO step on; here within
       [-10, 10], from iteration 1 on, no flag: but for --keep-terminal V(s_H) would hang on a weight nothing trains.
-  D12 Both are silent on physics that diverges; here nothing is learned from the trial.
+  D12 Both are silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t: never s_0 nor s'_0; t is random.
   D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here V learns alone.
 

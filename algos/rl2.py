@@ -31,7 +31,7 @@ Deviations from the official code (C)
   D5  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
   D6  C's observation of cheetah-dir has 20 numbers, its velocities in cheetah-vel go to 3; here 17, and 2.
   D7  C's scale of the rewards is updated every step; here once a trial.
-  D8  C is silent on physics that diverges; here nothing is learned from the trial.
+  D8  C is silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
 
 Tested       python algos/rl2.py --env point-goal-4c --num-threads 1   (3.2 million frames, 7-8 minutes on one core of
              an AMD EPYC, three seeds): episode 1 -42, -42, -41, episode 2 -37, -35, -32; one who knows the goal -19.

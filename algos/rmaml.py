@@ -154,9 +154,9 @@ class GaussianPolicy:
         self.activation = getattr(torch, args.activation)
 
     def init(self, rng: torch.Generator) -> Tensor:
-        """Xavier-uniform weights, biases 0, log σ = 0: [d]."""
+        """Xavier-uniform weights (even k), biases 0 (odd k), log σ = 0: [d]."""
         parts = [2 * torch.rand(size, generator=rng) - 1 for size in self.sizes]
-        bounds = [0.0 if k % 2 else math.sqrt(6 / sum(x)) for k, x in enumerate(self.shapes[:-1])] + [0.0]  # b, W
+        bounds = [0.0 if k % 2 else math.sqrt(6 / sum(x)) for k, x in enumerate(self.shapes[:-1])] + [0.0]
         return torch.cat([bound * part for bound, part in zip(bounds, parts)])
 
     def log_std(self, theta: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ Deviations from the official code (C), and from the equations (D9)
   D9  With --decodes K the K errors stand for all, but are not scaled up: the KL weighs H+ / K times more, as in C.
   D10 C's policy sees states (and beliefs) normalised without bounds, the done flag among them; here within [-10, 10],
       and no flag: it is 1 only where nobody acts (unless --keep-terminal), and its weight would never be trained.
-  D11 C is silent on physics that diverges; here nothing is learned from the trial.
+  D11 C is silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
 
 Tested       python algos/varibad.py --env point-goal-4c --num-threads 1   (3.2 million frames, 5-8 minutes on one core
              of an AMD EPYC, three seeds): episode 1 -54, -90, -60, episode 2 -42, -99, -60; one who knows the goal -19.
