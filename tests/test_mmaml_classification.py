@@ -1,6 +1,8 @@
 """MMAML's classification: the data sets' own formats, made small; networks, gradients, and what it learns."""
 
 import csv
+import dataclasses
+import json
 import math
 import pickle
 import struct
@@ -319,6 +321,15 @@ def test_mini_imagenet_may_be_in_folders_and_what_else_lies_there_is_left_out(ro
         assert [*found[part]] == sorted(classes), "in an order that no file system has a part in"
         for name, images in classes.items():
             assert [image.name for image in found[part][name]] == [image.name for image in images]
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
+def test_the_data_may_have_moved_when_a_run_goes_on(tmp_path, flag):
+    stored = {"script": "mmaml_classification"} | dataclasses.asdict(few.Args(env="drawn-3m", preset="fast"))
+    (tmp_path / "args.json").write_text(json.dumps(stored))
+    assert few.parse_args([flag, str(tmp_path), "--data", "elsewhere"]).data == "elsewhere"
+    with pytest.raises(SystemExit, match="--ways cannot change on an existing run"):
+        few.parse_args([flag, str(tmp_path), "--ways", "3"])
 
 
 @pytest.mark.parametrize("reader", MAKERS, ids=lambda r: r.__name__)
