@@ -157,7 +157,7 @@ campaigns() {
     figure "$env"-film "$env"__mmaml_regression__0
   done
 
-  campaign mmaml-drawn '2 hours' 'MMAML (FiLM, softmax), MAML and Multi-MAML on images that need no data, 3 seeds each'
+  campaign mmaml-drawn '3 hours' 'MMAML (FiLM, softmax), MAML and Multi-MAML on images that need no data, 3 seeds each'
   run drawn-3m__mmaml_classification__{0,1,2}
   run drawn-3m__mmaml_classification__{0,1,2}__softmax --modulation softmax
   run drawn-3m__mmaml_classification__{0,1,2}__maml --modulation none
@@ -239,7 +239,7 @@ campaigns() {
   run cheetah-vel-sparse__metacure__0 --iterations 30
   figure cheetah-vel-sparse
 
-  campaign short '85 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 or 2 seeds'
+  campaign short '80 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 or 2 seeds'
   run ml2__hom__0
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
@@ -251,8 +251,6 @@ campaigns() {
   run point-2m__mmaml__0__small-promp --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
   run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
-  run drawn-3m__mmaml_classification__0__small --iterations 300 --eval-every 100 --eval-episodes 30
-  run drawn-3m__mmaml_classification__0__small-maml --iterations 300 --eval-every 100 --eval-episodes 30 --modulation none
   run ml2__sop__{0,1}__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000 --eval-every 1
   figure ml2 ml2__{hom,maml,cml}__0
 
