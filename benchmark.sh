@@ -239,7 +239,7 @@ campaigns() {
   run cheetah-vel-sparse__metacure__0 --iterations 30
   figure cheetah-vel-sparse
 
-  campaign short '80 minutes' 'the short runs of the pages whose scripts have no long ones yet, 1 or 2 seeds'
+  campaign short '80 minutes' 'the short runs that the pages report, 1 or 2 seeds'
   run ml2__hom__0
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
