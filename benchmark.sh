@@ -143,14 +143,14 @@ campaigns() {
   run ant-4m__mmaml__0 --iterations 90
   for env in reacher-4m ant-4m; do figure "$env"; done
 
-  campaign mmaml-regression '29 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
+  campaign mmaml-regression '33 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
   run functions-{2m,3m,5m}__mmaml_regression__0
   for operator in softmax sigmoid; do
     run functions-{2m,3m,5m}__mmaml_regression__0__"$operator" --modulation "$operator"
   done
   run functions-{2m,3m,5m}__mmaml_regression__0__lstm --inner-steps 0
   run functions-{2m,3m,5m}__mmaml_regression__0__maml --modulation none
-  run functions-5m__mmaml_regression__0__maml-clamped --modulation none --inner-clip 10
+  run functions-{2m,3m,5m}__mmaml_regression__0__maml-clamped --modulation none --inner-clip 10
   run functions-{2m,3m,5m}__mmaml_regression__0__multi --modulation none --oracle --inner-clip 10 # without, it overflows
   for env in functions-{2m,3m,5m}; do
     figure "$env"
