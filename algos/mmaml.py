@@ -320,8 +320,8 @@ class Encoder(nn.Module):
 
     def __init__(self, policy: GaussianPolicy, args: Args):
         super().__init__()
-        width, inputs = args.encoder_width, policy.shapes[0][0] + policy.shapes[-1][1] + 1
-        self.gru = nn.GRU(inputs, width, batch_first=True)  # D16
+        obs_dim, action_dim, width = policy.shapes[0][0], policy.shapes[-1][1], args.encoder_width
+        self.gru = nn.GRU(obs_dim + action_dim + 1, width, batch_first=True)  # D16; 1: the reward
         self.of_rollout = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         self.of_task = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         self.generator = nn.Linear(width, sum(args.hidden) * (2 if args.modulation == "film" else 1))
@@ -345,19 +345,18 @@ class Encoder(nn.Module):
         return upsilon, self.generator(upsilon)  # Eq. (8); Alg. 1, l. 7
 
 
-def infer(encoder: Encoder | None, batch: Batch, args: Args) -> Tensor | None:
+def infer(encoder: Callable | None, batch: Batch, args: Args) -> Tensor | None:
     """τ of every task from its D_0; none without modulation."""
     return None if encoder is None else encoder(batch, args)[1]
 
 
 def gains_and_shifts(tau: Tensor, args: Args) -> list[tuple[Tensor, Tensor | float]]:
     """What τ does to the units of every hidden layer, [task, unit] each: FiLM, softmax or sigmoid (D14)."""
-    per_unit = 2 if args.modulation == "film" else 1
-    layers = tau.split([per_unit * width for width in args.hidden], -1)
     if args.modulation == "film":
+        layers = tau.split([2 * width for width in args.hidden], -1)
         return [(1 + gamma, beta) for gamma, beta in (layer.chunk(2, -1) for layer in layers)]
     gain = {"film-scale": lambda x: 1 + x, "softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid}
-    return [(gain[args.modulation](layer), 0.0) for layer in layers]
+    return [(gain[args.modulation](layer), 0.0) for layer in tau.split(args.hidden, -1)]
 
 
 def modulate(policy: GaussianPolicy, theta: Tensor, tau: Tensor | None, args: Args) -> Tensor:
@@ -411,7 +410,7 @@ def adapt(policy: GaussianPolicy, theta: Tensor, batch: Batch, alpha: float | Te
 
 
 def collect(
-    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: GaussianPolicy, encoder: Encoder | None, theta: Tensor,
+    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: GaussianPolicy, encoder: Callable | None, theta: Tensor,
     alphas: list[float | Tensor], rng: torch.Generator, args: Args,
 ) -> list[Batch]:  # fmt: skip
     """D_0 .. D_n of every task: from θ_0 [task, d], and after a gradient step with each of the rates, Eq. (2)."""
@@ -526,7 +525,7 @@ def evaluate(
 
     The metrics, and for the figures: returns [gradient step, task, rollout], the first two state variables of the first
     rollout [gradient step, H, task, 2], and υ. Besides, the returns of τ without any gradient step, and of as many
-    gradient steps without τ.
+    gradient steps without τ, or with its mean over the tasks, which tells them nothing.
     """
     rng = torch.Generator().manual_seed(10**6 + args.seed)
     theta, alpha = (agent[name].detach()[assign(tasks, args)] for name in ("theta", "alpha"))
@@ -547,7 +546,9 @@ def evaluate(
         arrays["embedding"] = upsilon.cpu().numpy()
         only_tau = sample(env, None, policy, phi, rng, args)
         *_, only_steps = collect(env, tasks, policy, None, theta, alphas, rng, args)
-        for name, batch in dict(modulated=only_tau, unmodulated=only_steps).items():
+        mean_tau = tau.mean(0, keepdim=True).expand_as(tau)
+        *_, with_mean = collect(env, tasks, policy, lambda *_: (upsilon, mean_tau), theta, alphas, rng, args)
+        for name, batch in dict(modulated=only_tau, unmodulated=only_steps, mean_modulated=with_mean).items():
             returns = batch.reward.double().sum(-1).mean(1).cpu().numpy()
             metrics |= returns_by_cluster(f"eval/return_{name}", returns, tasks.cluster)
     return metrics, arrays
@@ -608,8 +609,8 @@ def train(args: Args, run: "Run") -> None:
             with torch.no_grad():
                 tau = infer(agent.encoder, data[0], args)
             gain = torch.cat([gain for gain, _ in gains_and_shifts(tau, args)], -1)  # [task, unit]
-            between = gain.std(0, correction=0).mean().item()
-            metrics |= {"policy/gain": gain.mean().item(), "policy/gain_between_tasks": between}
+            metrics |= {"policy/gain": gain.mean().item(), "policy/gain_rms": gain.square().mean().sqrt().item()}
+            metrics |= {"policy/gain_between_tasks": gain.std(0, correction=0).mean().item()}
         run.log(metrics)
 
 

@@ -343,10 +343,12 @@ def test_evaluation_tells_modulation_and_gradient_steps_apart(monkeypatch, opera
         return
     upsilon, tau = agent.encoder(batches[0], args)
     np.testing.assert_array_equal(arrays["embedding"], upsilon.detach().numpy())
-    assert len(acted) == 7 and torch.equal(acted[3], mmaml.modulate(policy, theta, tau, args))
+    assert len(acted) == 10 and torch.equal(acted[3], mmaml.modulate(policy, theta, tau, args))
     plain = mmaml.adapt(policy, theta, mmaml.process(batches[4], args), agent["alpha"].detach().expand(4, -1), args)
     torch.testing.assert_close(acted[5], plain)
-    for name, batch in (("modulated", batches[3]), ("unmodulated", batches[6])):
+    plain = mmaml.adapt(policy, theta, mmaml.process(batches[7], args), agent["alpha"].detach().expand(4, -1), args)
+    torch.testing.assert_close(acted[8], mmaml.modulate(policy, plain, tau.mean(0).expand(4, -1), args))
+    for name, batch in (("modulated", batches[3]), ("unmodulated", batches[6]), ("mean_modulated", batches[9])):
         returns = batch.reward.sum(-1).mean(1)
         assert metrics[f"eval/return_{name}"] == pytest.approx(returns.mean().item())
         for m in range(2):
@@ -362,6 +364,7 @@ def test_it_learns_to_tell_two_modes_apart_before_any_gradient_step(tmp_path):
     path = train(mmaml, run_dir=str(tmp_path), **flags)
     last = rows(path / "eval.csv")[-1]
     assert float(last["eval/return_modulated"]) > -6 and float(last["eval/return_unmodulated"]) < -9
+    assert float(last["eval/return_mean_modulated"]) < -9, "one τ for all tasks tells none of them"
     arrays = np.load(path / "eval.npz")
     embedding, cluster = arrays["embedding"], arrays["cluster"]
     centres = np.stack([embedding[cluster == m].mean(0) for m in (0, 1)])
@@ -379,6 +382,7 @@ def test_one_task_has_no_spread_of_gains(tmp_path):
     (row,) = rows(train(mmaml, run_dir=str(tmp_path), **flags) / "metrics.csv")
     assert float(row["policy/gain_between_tasks"]) == 0
     assert float(row["policy/gain"]) == pytest.approx(1 / 5), "a softmax over five units"
+    assert 1 / 5 < float(row["policy/gain_rms"]) < 1
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
