@@ -389,11 +389,11 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    metric = [weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used]  # Λ: σ⁻², and 2 of log σ
+    precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
-        jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
-        return torch.autograd.grad(output, theta, [a * b for a, b in zip(metric, jvp)], retain_graph=True)[0]
+        of_mean, of_std = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
+        return torch.autograd.grad(output, theta, [precision * of_mean, 2 * batch.used * of_std], retain_graph=True)[0]
 
     return loss.detach(), gradient, fisher
 
@@ -594,7 +594,7 @@ def assign(score: np.ndarray, tasks: envs.Tasks, iteration: int, rng: torch.Gene
     if iteration <= args.oracle_warmup:
         return tasks.cluster  # D15
     learner = score.argmax(0)
-    if iteration <= pretrain + args.oracle_warmup + args.explore_iterations:  # D17
+    if iteration <= pretrain + args.oracle_warmup + args.explore_iterations:  # D17; one of the first two is 0
         at_random = torch.rand(len(learner), generator=rng).numpy() < args.explore
         learner[at_random] = torch.randint(args.learners, (at_random.sum(),), generator=rng)
     return learner

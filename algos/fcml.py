@@ -360,11 +360,11 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    metric = [weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used]  # Λ: σ⁻², and 2 of log σ
+    precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
-        jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
-        return torch.autograd.grad(output, theta, [a * b for a, b in zip(metric, jvp)], retain_graph=True)[0]
+        of_mean, of_std = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
+        return torch.autograd.grad(output, theta, [precision * of_mean, 2 * batch.used * of_std], retain_graph=True)[0]
 
     return loss.detach(), gradient, fisher
 
@@ -521,7 +521,7 @@ def tune(
     before, after = mean_returns(both, 1)[0].tolist()
     theta, batch, returns, frames = pair[1:], both.of([1]), [after], int(both.taken.sum())
     g = gain(after, before, args)
-    while g > args.epsilon and len(returns) <= args.tune_steps:  # D20
+    for _ in range(args.tune_steps if g > args.epsilon else 0):  # D20
         theta = adapt(policy, theta, batch, args.alpha, args)
         (batch,) = collect(env_of(1), task, policy, theta, [], rng, args)
         returns.append(mean_returns(batch, 1).item())

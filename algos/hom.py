@@ -357,11 +357,11 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    metric = [weight * batch.used * (-2 * output[1].detach()).exp(), 2 * batch.used]  # Λ: σ⁻², and 2 of log σ
+    precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
-        jvp = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
-        return torch.autograd.grad(output, theta, [a * b for a, b in zip(metric, jvp)], retain_graph=True)[0]
+        of_mean, of_std = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
+        return torch.autograd.grad(output, theta, [precision * of_mean, 2 * batch.used * of_std], retain_graph=True)[0]
 
     return loss.detach(), gradient, fisher
 
@@ -492,8 +492,8 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     kept = batch.taken.clone()  # [task, rollout, step], the steps of E
     kept[..., -1] &= args.embedding != "state-next-state"  # D16
     weight = kept / (kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts)  # of a step in E
-    mean = args.centre * (weight * batch.reward).sum((1, 2), True) / weight.sum((1, 2), True).clamp(min=1e-8)
-    reward = (batch.reward - mean) * batch.taken
+    mean = (weight * batch.reward).sum((1, 2), True) / weight.sum((1, 2), True).clamp(min=1e-8)
+    reward = (batch.reward - args.centre * mean) * batch.taken
     r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
     if args.embedding == "state-next-state":
         v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # s'; another episode's where r is 0 (D16)
@@ -534,8 +534,8 @@ def assign(policy: GaussianPolicy, agent: nn.ParameterDict, batch: Batch, args: 
     new = transitions(policy, agent["theta"][0], batch, args)
     known = transitions(policy, agent["theta"][0], Batch(*(agent[name] for name in Batch._fields[:-1])), args)
     cross = inner_products(new, known, args)
-    products, clusters = agent["products"], [agent["member"] == k for k in range(1, args.clusters + 1)]
-    distances = [products[c][:, c].mean() - 2 * cross[:, c].mean(1) for c in clusters]  # ‖φ - c_k‖² - ‖φ‖²
+    of_member = [agent["member"] == k for k in range(1, args.clusters + 1)]  # [training task] bool each
+    distances = [agent["products"][m][:, m].mean() - 2 * cross[:, m].mean(1) for m in of_member]  # ‖φ - c_k‖² - ‖φ‖²
     return 1 + torch.stack(distances).argmin(0).cpu().numpy()
 
 
@@ -625,7 +625,7 @@ def train(args: Args, run: "Run") -> None:
 
         # l. 1, the probe on all tasks; after it l. 4, the members in turn, each on tasks of its cluster (D10)
         member, rng = agent["member"].cpu().numpy(), np.random.default_rng(random_seed(run.rng))
-        learner = np.resize(rng.permutation(np.unique(member)), args.tasks)  # who gets one more: by lot
+        learner = np.resize(rng.permutation(np.unique(member)), args.tasks)  # [task], in a random order
         tasks = pool[[rng.choice(np.flatnonzero(member == m)) for m in learner]]
 
         # Alg. 3, l. 4-9: sample D_k, adapt to it, n times; then sample D_n

@@ -408,11 +408,11 @@ def prediction_errors(agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b
     """e_D and e_P of Eq. (9), [row] each, of a batch [row, ·] that has one task after the other, and b [row, ·]."""
     x, n, predictor = torch.cat([batch.obs, batch.action], dim=-1), len(b) // len(tasks), agent["predictor"]
     by_belief = agent["decoder"](b, x)[0]
-    ids = predictor.nets[0][0].in_features - x.shape[1]  # what is left is the one-hot; 0: a network a task (D12)
-    if ids == 0:
+    one_hot = predictor.nets[0][0].in_features - x.shape[1]  # its width
+    if one_hot == 0:  # a network a task (D12)
         by_id = torch.cat([predictor.nets[k](rows) for k, rows in zip(tasks.tolist(), x.split(n))])
     else:
-        by_id = predictor(F.one_hot(tasks, ids).repeat_interleave(n, dim=0), x)[0]
+        by_id = predictor(F.one_hot(tasks, one_hot).repeat_interleave(n, dim=0), x)[0]
     outcome = torch.cat([batch.reward, batch.next_obs], dim=-1)[:, : by_id.shape[1]]  # r; (r, s') with --dynamics
     squares = [(prediction - outcome).square() for prediction in (by_belief, by_id)]
     e_d, e_p = (error[:, 0] + error[:, 1:].sum(-1) / batch.obs.shape[1] for error in squares)  # the sum: 0 without s'
@@ -496,10 +496,10 @@ def collect_trials(learner: Learner, tasks: Tensor, trials: int, rng: torch.Gene
     env, seeds = learner.make_env(len(tasks)), torch.randint(2**31, (args.explorer_episodes,), generator=rng).tolist()
     noise = torch.randn(args.explorer_episodes, args.horizon, *env.action_space.shape, generator=rng).to(args.device)
     episodes, contexts = explore(env, learner.tasks[tasks.numpy()], learner.agent, seeds, noise, args.refresh)
-    steps = [transitions(e) for e in episodes]
+    steps, alive = torch.cat([transitions(e) for e in episodes], dim=1), torch.cat([e.alive for e in episodes], dim=1)
     for i, k in enumerate(tasks.tolist()):
         learner.trials.add(k, contexts[i : i + 1])
-        [learner.rl.add(k, rows[i, e.alive[i]]) for rows, e in zip(steps, episodes)]
+        learner.rl.add(k, steps[i, alive[i]])
     return torch.stack([e.reward.sum(1) for e in episodes]).mean().item()
 
 

@@ -28,7 +28,7 @@ Deviations from the paper (P) or C
   D4 C turns the colours of FC100 into their negatives, by an overflow, and misplaces AIRCRAFT's variants with a slash
      in their name; here neither. C resizes OMNIGLOT and FC100 by Lanczos' filter; here all is bilinear.
   D5 C draws more tasks than it uses, images of small classes with replacement, and classes too where they are few; here
-     what is used, without replacement, and too few of either is an error.
+     what is used, without replacement; too few images, or training or test classes, are an error.
   D6 Multi-MAML in C is one run a data set, each with a budget and step size of its own: so here, as MAML with the
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
@@ -144,7 +144,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
 
 def make_convs(channels: tuple[int, ...]) -> nn.ParameterList:
     """W, b, W, b, ... of 3 x 3 convolutions."""
-    return nn.ParameterList(nn.ModuleList(nn.Conv2d(a, b, 3) for a, b in pairwise((3, *channels))).parameters())
+    return nn.ParameterList(p for a, b in pairwise((3, *channels)) for p in nn.Conv2d(a, b, 3).parameters())
 
 
 class TaskNet(nn.Module):

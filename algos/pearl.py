@@ -336,7 +336,7 @@ class Storage:
 
     def read(self, rows: Tensor) -> Transitions:
         """Of rows [task, n] (index_select is several times as fast as indexing)."""
-        now, after = (self.data.index_select(0, r.flatten()).view(*rows.shape, -1) for r in (rows, rows + 1))
+        now, after = (self.data.index_select(0, r.flatten()).view(*r.shape, -1) for r in (rows, rows + 1))
         obs, action, reward, terminated = now.split(self.widths, dim=-1)
         return Transitions(obs, action, reward, after[..., : self.widths[0]], terminated)
 
@@ -588,9 +588,9 @@ def evaluate(
     make_env: Callable, tasks: envs.Tasks, known: envs.Tasks, agent: nn.ModuleDict, args: Args
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Adaptation to the held-out tasks (D5): the metrics, and what the figures need. Known tasks are scored too."""
-    rng, same = (torch.Generator().manual_seed(10**6 + args.seed) for _ in range(2))
-    trained, _, _ = adapt(make_env(len(known)), known, agent, same, args)
-    episodes, seeds, q_z = adapt(make_env(len(tasks)), tasks, agent, rng, args)
+    rngs = [torch.Generator().manual_seed(10**6 + args.seed) for _ in range(2)]  # alike: the same z and starts
+    trained, _, _ = adapt(make_env(len(known)), known, agent, rngs[0], args)
+    episodes, seeds, q_z = adapt(make_env(len(tasks)), tasks, agent, rngs[1], args)
     metrics = {f"eval/train_return_episode_{k}": e.reward.sum(1).mean().item() for k, e in enumerate(trained, start=1)}
     for k, episode in enumerate(episodes, start=1):
         returns = episode.reward.double().sum(1).numpy()

@@ -294,7 +294,7 @@ class Storage:
 
     def read(self, rows: Tensor) -> Transitions:
         """Of rows [task, n] (index_select is several times as fast as indexing)."""
-        now, after = (self.data.index_select(0, r.flatten()).view(*rows.shape, -1) for r in (rows, rows + 1))
+        now, after = (self.data.index_select(0, r.flatten()).view(*r.shape, -1) for r in (rows, rows + 1))
         obs, action, reward, terminated = now.split(self.widths, dim=-1)
         return Transitions(obs, action, reward, after[..., : self.widths[0]], terminated)
 
@@ -570,7 +570,7 @@ def evaluate(
     who, own_who = np.unique(learner, return_inverse=True)  # learners at work; which of these is each task's own
     found = [adapt(env, tasks, learners[m], torch.Generator().manual_seed(10**6 + args.seed), args) for m in who]
     own = lambda *x: torch.stack(x)[own_who, np.arange(len(tasks))]  # noqa: E731  of x, one [task, ·] a learner
-    episodes += [Episodes(*map(own, *same)) for same in zip(*(each[0] for each in found))]
+    episodes += [Episodes(*map(own, *kth)) for kth in zip(*(played for played, _, _ in found))]  # of every learner
     metrics = {"eval/posterior_std": own(*(q_z.stddev for *_, q_z in found)).mean().item()}
     for k, episode in enumerate(episodes, start=1):
         returns = episode.reward.double().sum(1).numpy()
