@@ -40,7 +40,7 @@ Deviations from the paper (P) or the official codes (C)
 
 Tested       python algos/maml.py --env cheetah-dir --num-threads 1   (32 million frames, 31 and 35 minutes on one core
              of an AMD EPYC): return after one gradient step 146 and 147 at meta-iteration 50 (seeds 0, 1), 172 and 183
-             at 200; before it -2. With --inner-loss likelihood-ratio from iteration 70 on: 222 at 200 (seed 0).
+             at 200; before it -2. With --inner-loss likelihood-ratio 260 at 200 (seed 1).
 """
 
 import json
