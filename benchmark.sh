@@ -24,7 +24,7 @@ campaigns() {
   campaign belief-point '1.5 hours' 'MILET, VariBAD, RL2, an oracle and the stored PEARL on point-goal-4c, 3 seeds each'
   run point-goal-4c__{milet,varibad,rl2}__{0,1,2}
   run point-goal-4c__varibad__{0,1,2}__oracle --oracle
-  figure point-goal-4c results/pearl/point-goal-4c__*
+  figure point-goal-4c results/pearl/point-goal-4c__pearl__{0,1,2}
 
   campaign ant '18 hours' 'the same without PEARL on ant-goal-4c, 3 seeds and 10 million frames each'
   run ant-goal-4c__{milet,varibad,rl2}__{0,1,2}
@@ -126,14 +126,18 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '3 hours' 'MMAML (two α), ProMP (four) and Multi-ProMP on point-2m, 1 or 2 seeds, a quarter of the published frames'
+  campaign mmaml-quarter '4 hours' 'MMAML (two α), ProMP (four, two rates of Adam) and Multi-ProMP on point-2m and -4m, a quarter of the published frames'
   run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
   run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
   run point-2m__mmaml__{0,1}__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
   run point-2m__mmaml__{0,1}__quarter-promp-0.1 --tasks 20 --rollouts 10 --modulation none --alpha 0.1
   for alpha in 0.3 1; do run point-2m__mmaml__0__quarter-promp-$alpha --tasks 20 --rollouts 10 --modulation none --alpha $alpha; done
-  run point-2m__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
-  figure point-2m
+  run point-2m__mmaml__0__quarter-promp-lr --tasks 20 --rollouts 10 --modulation none --lr 5e-4
+  run point-2m__mmaml__0__quarter-promp-lr-0.1 --tasks 20 --rollouts 10 --modulation none --lr 5e-4 --alpha 0.1
+  run point-4m__mmaml__0__quarter --tasks 20 --rollouts 10
+  run point-4m__mmaml__0__quarter-promp --tasks 20 --rollouts 10 --modulation none
+  run point-{2m,4m}__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
+  for env in point-{2m,4m}; do figure "$env"; done
   figure point-2m-mmaml point-2m__mmaml__0__quarter
 
   campaign mmaml-robots '9 hours' 'MMAML on the reacher with 4 modes, beside ProMP and Multi-ProMP, and on the ant, 90 iterations'
@@ -202,9 +206,10 @@ campaigns() {
   run cheetah-dir__promp__{0,1} --iterations 100
   figure cheetah-dir results/maml/cheetah-dir__*
 
-  campaign pearl-point '1 hour' 'PEARL on point-goal-4c, 3 seeds, and one with 100 visits an iteration'
+  campaign pearl-point '2 hours' 'PEARL on point-goal-4c, 3 seeds, and with 100 training tasks, 20 or 100 visits an iteration, 1 seed'
   run point-goal-4c__pearl__{0,1,2}
-  run point-goal-4c__pearl__0__visits --visits 100 --iterations 40
+  run point-goal-4c__pearl__0__100-tasks --train-tasks 100 --visits 20
+  run point-goal-4c__pearl__0__visits --train-tasks 100 --visits 100 --iterations 40
   figure point-goal-4c
 
   campaign pearl-mujoco '2 hours' 'PEARL on cheetah-dir, 60 iterations'
@@ -233,7 +238,7 @@ campaigns() {
   run point-goal-4c__metacure__0__20k --iterations 100 --eval-every 5 --visits 20 --trials 2 --prior-steps 100 \
     --posterior-steps 200 --gradient-steps 200 --refresh 1 --encoder-hidden 32 --hidden 64 64 --id-hidden 64 64 \
     --meta-batch 8 --gamma 0.9 --reward-scale 20 --tau 0.01 --lr 2e-3 --initial-trials 1 --initial-steps 100
-  figure point-goal-4c results/pearl/point-goal-4c__*
+  figure point-goal-4c results/pearl/point-goal-4c__pearl__{0,1,2}
 
   campaign metacure '2.5 hours' 'MetaCURE on the sparse half-cheetah, 30 iterations'
   run cheetah-vel-sparse__metacure__0 --iterations 30

@@ -145,7 +145,7 @@ PAPER = {
 }  # fmt: skip
 FAST = {
     "point-goal-4c": dict(
-        train_tasks=100, initial_steps=200, visits=20, prior_steps=200, extra_steps=200, gradient_steps=1000,
+        train_tasks=500, initial_steps=200, visits=100, prior_steps=200, extra_steps=200, gradient_steps=1000,
         iterations=80, eval_every=2, eval_episodes=4, encoder_hidden=(128, 128), hidden=(128, 128), context=64,
         batch=64, gamma=0.9, reward_scale=20.0, tau=0.01, lr=1e-3,
     ),
