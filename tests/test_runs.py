@@ -75,8 +75,7 @@ def only_run(folder: Path) -> Path:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))  # read at once: a run may be writing it
 
 
 def wait_for(table: str, iteration: int, folder: Path, process: subprocess.Popen) -> Path:
