@@ -353,7 +353,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
-    precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
+    precision = weight * batch.used * (-2 * output[1].detach()).exp()  # Λ: σ⁻², and 2 of log σ
 
     def fisher(u: Tensor) -> Tensor:
         of_mean, of_std = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u

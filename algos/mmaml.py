@@ -47,8 +47,8 @@ Deviations from the paper (P), from ProMP's, or from the official code (C)
   D16 C's GRU is Keras' older one (hard sigmoids, reset before the product); here PyTorch's.
   D17 C pads short rollouts with zeros, which pass through the GRU; here the state after the last step taken counts.
 
-Tested       python algos/mmaml.py --env point-2m --tasks 20 --rollouts 10   (24 million frames, 20 minutes on one core
-             of an AMD EPYC): -729, then -228 after modulation and two gradient steps; with --modulation none (ProMP)
+Tested       python algos/mmaml.py --env point-2m --tasks 20 --rollouts 10   (24 million frames, 11 minutes on one core
+             of an Intel Xeon): -729, then -226 after modulation and two gradient steps; with --modulation none (ProMP)
              -721, then -677.
 """
 
