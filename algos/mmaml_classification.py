@@ -27,11 +27,12 @@ Deviations from the paper (P) or C
      (OMNIGLOT: 1100, 100 and 423 characters; C has none for validation).
   D4 C turns the colours of FC100 into their negatives, by an overflow, and misplaces AIRCRAFT's variants with a slash
      in their name; here neither. C resizes OMNIGLOT and FC100 by Lanczos' filter; here all is bilinear.
-  D5 C draws more tasks than it uses, images of small classes with replacement, and classes too where they are few; here
-     what is used, without replacement; too few images, or training or test classes, are an error.
+  D5 C draws more tasks than it uses, images of small classes with replacement, and classes where there are fewer than
+     N; here what is used, without replacement; too few images, or training or test classes, are an error.
   D6 Multi-MAML in C is one run a data set, each with a budget and step size of its own: so here, as MAML with the
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
+  D8 P's Alg. 1 sums the losses over tasks; here their mean, as C.
 
 Tested       python algos/mmaml_classification.py --num-threads 1   (drawn-3m, 720,000 images, 12 minutes of a shared
              core of an AMD EPYC, seed 0): accuracy 0.80 in new classes, chance 0.20 (digits 0.85, letters 0.56, stripes
@@ -52,7 +53,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -172,7 +173,7 @@ class Modulation(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """images [task, image, 3, S, S], labels [task, image] -> υ [task, 128], τ_i [task, 2 channels] (FiLM)."""
         convs, affine = ([p.expand(len(images), *p.shape) for p in part] for part in (self.convs, self.affine))
-        seen = features(convs, images, affine, "film")
+        seen = features(convs, images, affine, "film")  # FiLM by weights of its own: BatchNorm's affine part
         if self.args.encoder_labels:  # D1
             seen = torch.cat([seen, one_hot(labels, self.args.ways).to(seen)], -1)
         embedding = torch.relu(self.linear(seen)).mean(1)  # Eq. (1)
@@ -183,19 +184,19 @@ def modulate(a: Tensor, tau: Tensor, operator: str) -> Tensor:
     """φ of Eq. (3): the outputs a [image, task channel, h, w] of a layer, before its ReLU."""
     if operator == "film":
         scale, shift = (part.reshape(-1, 1, 1) for part in tau.chunk(2, -1))  # [task channel, 1, 1]
-        return torch.addcmul(a + shift, a, scale)
+        return a * (1 + scale) + shift
     return a * (tau.softmax(-1) if operator == "softmax" else tau.sigmoid()).reshape(-1, 1, 1)
 
 
-def normalise(a: Tensor, count: int | None) -> Tensor:
+def normalise(a: Tensor, first: int | None) -> Tensor:
     """Every channel of every task, [image, task channel, h, w], by the statistics of all or the first images (D2)."""
-    if count is None:
+    if first is None:
         return batch_norm(a, None, None, training=True)
-    var, mean = torch.var_mean(a[:count], (0, 2, 3), correction=0, keepdim=True)
+    var, mean = torch.var_mean(a[:first], (0, 2, 3), correction=0, keepdim=True)
     return (a - mean) * (var + 1e-5).rsqrt()
 
 
-def features(convs: list[Tensor], images: Tensor, tau: list[Tensor], operator: str, count: int | None = None) -> Tensor:
+def features(convs: list[Tensor], images: Tensor, tau: list[Tensor], operator: str, first: int | None = None) -> Tensor:
     """Convolutions with weights of its own in every task, [task, ...], as one grouped one; means over the image.
 
     [task, image, 3, S, S] -> [task, image, channel].
@@ -204,7 +205,7 @@ def features(convs: list[Tensor], images: Tensor, tau: list[Tensor], operator: s
     a = images.transpose(0, 1).flatten(1, 2)  # [image, task channel, S, S]
     for i, (w, b) in enumerate(zip(convs[::2], convs[1::2])):
         a = conv2d(a, w.flatten(0, 1), b.flatten(), stride=2, padding=1, groups=tasks)
-        a = normalise(a, count)
+        a = normalise(a, first)
         a = torch.relu(modulate(a, tau[i], operator) if tau else a)
     return a.mean((2, 3)).unflatten(1, (tasks, -1)).transpose(0, 1)
 
@@ -287,11 +288,14 @@ def cub(root: Path) -> dict[str, Classes]:
 def aircraft(root: Path) -> dict[str, Classes]:
     """fgvc-aircraft-2013b/data/{variants.txt,images_variant_trainval.txt,images_variant_test.txt,images/NNNNNNN.jpg}"""
     data = root / "fgvc-aircraft-2013b" / "data"
-    classes = {name: [] for name in (data / "variants.txt").read_text().splitlines()}
-    for name in ("trainval", "test"):
-        for line in (data / f"images_variant_{name}.txt").read_text().splitlines():
-            number, variant = line.split(" ", 1)  # a variant may hold spaces and slashes (D4)
-            classes[variant].append(data / "images" / f"{number}.jpg")
+    variants, *lists = (  # without empty lines
+        [line for line in (data / f"{name}.txt").read_text().splitlines() if line.strip()]
+        for name in ("variants", "images_variant_trainval", "images_variant_test")
+    )
+    classes = {variant: [] for variant in variants}
+    for line in chain(*lists):
+        number, variant = line.split(" ", 1)  # a variant may hold spaces and slashes (D4)
+        classes[variant].append(data / "images" / f"{number}.jpg")
     return split(classes, sort=False)
 
 
@@ -318,10 +322,9 @@ def letters(root: Path) -> dict[str, Classes]:
     for letter in LETTERS:
         classes[letter] = []
         for _ in range(40):
-            image = Image.new("L", (28, 28), int(rng.randint(160, 256)))
-            place = 14 + rng.randint(-3, 4), 14 + rng.randint(-3, 4)
-            ImageDraw.Draw(image).text(place, letter, int(rng.randint(0, 80)), fonts[rng.randint(6)], anchor="mm")
-            light = image.getpixel((0, 0))
+            light, x, y = int(rng.randint(160, 256)), 14 + rng.randint(-3, 4), 14 + rng.randint(-3, 4)
+            image = Image.new("L", (28, 28), light)
+            ImageDraw.Draw(image).text((x, y), letter, int(rng.randint(0, 80)), fonts[rng.randint(6)], anchor="mm")
             classes[letter].append(np.asarray(image.rotate(rng.uniform(-20, 20), Image.BILINEAR, fillcolor=light)))
     return split(classes)
 
@@ -342,6 +345,18 @@ def gratings(root: Path) -> dict[str, Classes]:
     return split(classes)
 
 
+def check_part(part: str, classes: Classes, args: Args) -> None:
+    """D5: classes and images that are enough; of every class one image is looked for."""
+    least = 1 if part == "val" else args.ways  # a validation score of fewer than N classes is left out
+    if len(classes) < least:
+        raise ValueError(f"{part} has {len(classes)} classes and needs {least}")
+    for name, images in classes.items():
+        if len(images) < args.horizon:
+            raise ValueError(f"{part}, {name} has {len(images)} images, and --horizon needs {args.horizon}")
+        if isinstance(images[0], Path) and not images[0].is_file():
+            raise FileNotFoundError(images[0])
+
+
 class DataSet:
     """The images of one mode, brought to one size, and kept once they were read."""
 
@@ -350,24 +365,19 @@ class DataSet:
         with blame(f"{self.name}, read from {reader.__doc__} (--data {args.data})"):
             parts = reader(Path(args.data))
             for part, classes in parts.items():
-                if len(classes) < (1 if part == "val" else args.ways):
-                    raise ValueError(f"{len(classes)} classes of {part} are too few for --ways {args.ways}")
-                for name, images in classes.items():
-                    if len(images) < args.horizon:  # D5
-                        raise ValueError(f"{part}, {name}: {len(images)} images, --horizon {args.horizon} needs more")
-                    if isinstance(images[0], Path) and not images[0].is_file():
-                        raise FileNotFoundError(images[0])
-            self.classes = {part: [*classes.values()] for part, classes in parts.items()}
+                check_part(part, classes, args)
+        self.classes = {part: [*classes.values()] for part, classes in parts.items()}
 
     def image(self, part: str, number: int, index: int) -> np.ndarray:
         """[S, S, 3] uint8."""
         key = part, number, index
         if key not in self.read_before:
             item = self.classes[part][number][index]
-            image = Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item)
-            if self.name == "omniglot":
-                image = image.convert("L").point(lambda v: 255 - v)  # strokes become bright
-            image = image.convert("RGB").resize((self.size, self.size), Image.BILINEAR)
+            with blame(f"an image of {self.name}, {item if isinstance(item, Path) else key}"):
+                image = Image.open(item) if isinstance(item, Path) else Image.fromarray(item)
+                if self.name == "omniglot":
+                    image = image.convert("L").point(lambda v: 255 - v)  # strokes become bright
+                image = image.convert("RGB").resize((self.size, self.size), Image.BILINEAR)  # D4
             self.read_before[key] = np.asarray(image)
         return self.read_before[key]
 
@@ -411,13 +421,12 @@ class FewShot(envs.TaskVectorEnv):
 
 
 PUBLISHED = omniglot, mini_imagenet, fc100, cub, aircraft
-for env_id, readers in {
-    **{reader.__name__.replace("_", "-"): (reader,) for reader in PUBLISHED},
-    **{f"images-{n}m": PUBLISHED[:n] for n in (2, 3, 5)},
-    "drawn-3m": (digits, letters, gratings),
-}.items():
-    parts = dict(readers=readers, num_clusters=len(readers), num_test_tasks=1000 * len(readers))
-    envs.register(env_id, type("FewShot", (FewShot,), parts))
+MODES = {reader.__name__.replace("_", "-"): (reader,) for reader in PUBLISHED}
+MODES |= {f"images-{n}m": PUBLISHED[:n] for n in (2, 3, 5)}
+MODES["drawn-3m"] = digits, letters, gratings
+for env_id, readers in MODES.items():
+    sizes = dict(num_clusters=len(readers), num_test_tasks=1000 * len(readers))
+    envs.register(env_id, type("FewShot", (FewShot,), dict(readers=readers) | sizes))
 
 
 # Copied from algos/maml.py
@@ -440,8 +449,9 @@ def draw_images(tasks: envs.Tasks, data: list[DataSet], part: str, args: Args) -
     drawn = np.stack([data[int(mode)].draw(int(seed), part, args) for mode, seed in tasks.params])
     x = torch.from_numpy(drawn).to(args.device).movedim(-1, 3).float() / 255  # [task, N, K + Q, 3, S, S]
     y = torch.arange(args.ways, device=args.device)[:, None].expand(len(x), -1, args.horizon)
-    cut = slice(args.shots), slice(args.shots, None)  # support, query
-    return tuple(Images(x[:, :, k].flatten(1, 2), y[:, :, k].flatten(1, 2)) for k in cut)
+    support = Images(x[:, :, : args.shots].flatten(1, 2), y[:, :, : args.shots].flatten(1, 2))
+    query = Images(x[:, :, args.shots :].flatten(1, 2), y[:, :, args.shots :].flatten(1, 2))
+    return support, query
 
 
 # == Inner adaptation ==================================================================================================
@@ -455,8 +465,8 @@ def predict(
     if support is None or not args.bn_frozen_support:
         h = features(convs, images, tau, args.modulation)
     else:
-        count = support.shape[1]
-        h = features(convs, torch.cat([support, images], 1), tau, args.modulation, count)[:, count:]
+        shown = support.shape[1]
+        h = features(convs, torch.cat([support, images], 1), tau, args.modulation, shown)[:, shown:]
     return torch.baddbmm(b[:, None], h, w.mT)
 
 
@@ -499,7 +509,7 @@ def modulation_of(agent: nn.ModuleDict, support: Images) -> tuple[Tensor | None,
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """[task]."""
+    """Share of the images that are classified rightly, [task]."""
     return (logits.argmax(-1) == y).double().mean(1)
 
 
@@ -511,13 +521,13 @@ def meta_step(
     adam.zero_grad()
     for m in np.unique(learner):  # one, but for Multi-MAML (D6)
         mine = np.flatnonzero(learner == m)
-        own, asked = support.of(mine), query.of(mine)
-        _, tau = modulation_of(agent, own)
-        theta = adapt(agent["theta"][m], tau, own, args.inner_steps, args)[-1]
-        logits = predict(theta, asked.x, tau, args, own.x)
-        loss = loss_of(logits, asked.y)
+        own_support, own_query = support.of(mine), query.of(mine)
+        _, tau = modulation_of(agent, own_support)
+        theta = adapt(agent["theta"][m], tau, own_support, args.inner_steps, args)[-1]
+        logits = predict(theta, own_query.x, tau, args, own_support.x)
+        loss = loss_of(logits, own_query.y)
         loss.mean().backward()  # Eq. (5)
-        hits[mine], losses[mine] = accuracy(logits, asked.y).cpu(), loss.detach().cpu()
+        hits[mine], losses[mine] = accuracy(logits, own_query.y).cpu(), loss.detach().cpu()
     adam.step()
     return hits, {"train/loss": losses.mean()}
 
@@ -544,17 +554,22 @@ def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, 
 
 
 def score_tasks(
-    tasks: envs.Tasks, data: list[DataSet], part: str, agent: nn.ModuleDict, args: Args
-) -> tuple[np.ndarray, np.ndarray]:
-    """The accuracy of every task before and after its steps, [2, task], and υ [task, 128] (without ω: 0)."""
+    tasks: envs.Tasks, data: list[DataSet], part: str, agent: nn.ModuleDict, args: Args, upsilon: Tensor | None = None
+) -> tuple[np.ndarray, Tensor]:
+    """The accuracy of every task before and after its steps, [2, task], and υ [task, 128] (without ω: 0).
+
+    upsilon: [128], one υ for all tasks, in place of their own.
+    """
     steps, learner = args.eval_steps or args.inner_steps, assign(tasks, args)
-    scores, embeddings = np.zeros((2, len(tasks))), np.zeros((len(tasks), args.embedding))
+    scores, embeddings = np.zeros((2, len(tasks))), torch.zeros(len(tasks), args.embedding)
     for m in np.unique(learner):
         mine = np.flatnonzero(learner == m)
         for ids in np.array_split(mine, math.ceil(len(mine) / CHUNK)):
             support, query = draw_images(tasks[ids], data, part, args)
             with torch.no_grad():
                 embedding, tau = modulation_of(agent, support)
+                if upsilon is not None:
+                    tau = [head(upsilon.expand(len(ids), -1)) for head in agent["omega"].heads]  # Eq. (2)
             thetas = adapt(agent["theta"][m], tau, support, steps, args, create_graph=False)
             with torch.no_grad():
                 for k in (0, -1):
@@ -567,20 +582,24 @@ def score_tasks(
 
 def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """Accuracy in fixed tasks of the test classes before and after adaptation, and of the validation classes after it
-    (D7); half the width of the 95 % interval of the mean. For the figures, of the test tasks: accuracies [2, task],
-    embeddings [task, 128]; the support images of one task of every data set [mode, K N, 3, S, S].
+    (D7); half the width of the 95 % interval of the mean; the accuracy with the mean τ of all test tasks, which tells
+    them not apart. For the figures, of the test tasks: accuracies [2, task], embeddings [task, 128]; the support images
+    of one task of every data set [mode, K N, 3, S, S].
     """
     steps, cluster, metrics = args.eval_steps or args.inner_steps, tasks.cluster, {}
     scores, embedding = score_tasks(tasks, data, "test", agent, args)
-    for k, accuracies in {0: scores[0], steps: scores[-1]}.items():
-        metrics |= returns_by_cluster(f"eval/return_step_{k}", accuracies, cluster)
+    metrics |= returns_by_cluster("eval/return_step_0", scores[0], cluster)
+    metrics |= returns_by_cluster(f"eval/return_step_{steps}", scores[-1], cluster)
     metrics |= intervals(f"eval/interval_step_{steps}", scores[-1], cluster)
     if all(len(one.classes["val"]) >= args.ways for one in data):  # MINI-IMAGENET has 16 classes
         validation, _ = score_tasks(tasks, data, "val", agent, args)
         metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)
+    if "omega" in agent:
+        same, _ = score_tasks(tasks, data, "test", agent, args, embedding.mean(0).to(args.device))  # τ is linear in υ
+        metrics |= returns_by_cluster("eval/return_mean_modulated", same[-1], cluster)
     examples, _ = draw_images(tasks[: len(data)], data, "test", args)  # data sets are in turn
     arrays = dict(params=tasks.params, cluster=cluster, accuracy=scores, examples=examples.x.cpu().numpy())
-    return metrics, arrays | (dict(embedding=embedding) if "omega" in agent else {})
+    return metrics, arrays | (dict(embedding=embedding.numpy()) if "omega" in agent else {})
 
 
 # == Training ==========================================================================================================

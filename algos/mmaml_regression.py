@@ -26,13 +26,13 @@ Deviations from the paper (P) or C
   D3 MAML's network in C sees a learned vector t of 20 numbers beside x, which starts at 0 and adapts, MMAML's does not,
      though P gives both one network; here as C (--bias-dim 0).
   D4 Multi-MAML in C is one run: one clip of all gradients, t from N(0, 1) and not adapted. Here M learners, each with
-     the mean loss of its tasks, a clip of its own, and t as MAML's.
+     the loss of its tasks, a clip of its own, and t as MAML's. Losses are means over tasks, as in C; P sums them.
   D5 C clamps the entries of the inner gradient to [-10, 10], in MMAML alone; P is silent. Here as C (--inner-clip).
   D6 C's LSTM learner takes an inner step of size 0; here no step.
   D7 C evaluates on batches of the training distribution; here on 1000 fixed tasks of every family, with fixed points.
 
 Tested       python algos/mmaml_regression.py --iterations 5000 --eval-every 500 --num-threads 1   (6.25 million points,
-             24 minutes of one core of an AMD EPYC): squared error 3.40 after modulation, 1.04 after five steps; MAML
+             NN minutes of one core of an AMD EPYC): squared error 3.40 after modulation, 1.04 after five steps; MAML
              (--modulation none) 16.15, then 2.15. 70,000 meta-iterations are the paper's.
 """
 
@@ -111,11 +111,13 @@ MAY_BE_0 = ("seed", "num_threads", "bias_dim", "inner_steps", "eval_steps")
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     families, layers = env.num_clusters, 0 if args.modulation == "none" else args.modulated_layers
+    idle = (args.modulated_layers, args.sort, args.lstm_hidden) == (Args.modulated_layers, Args.sort, Args.lstm_hidden)
     return {
         f"--env must be functions-2m, -3m or -5m, not a {env.__name__}": issubclass(env, Functions5M),
         f"--tasks must be a multiple of {families}": args.tasks % families == 0,
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
         f"--modulated-layers must be at most {len(args.hidden)}": layers <= len(args.hidden),
+        "--modulated-layers, --no-sort and --lstm-hidden need a --modulation": idle or args.modulation != "none",
         "--bias-dim needs --modulation none (D3)": args.bias_dim == Args.bias_dim or args.modulation == "none",
         "--shots must be less than --horizon": args.shots < args.horizon,
         "--alpha, --lr and --outer-clip must be positive": min(args.alpha, args.lr, args.outer_clip) > 0,
@@ -298,7 +300,7 @@ class PerTask(NamedTuple):
         return torch.bmm(h, self.weights[i])
 
     def step(self, loss: Tensor, layers: list, args: Args, create_graph: bool) -> "PerTask":
-        """θ_k+1 of Eq. (4). The loss is a sum over tasks, each of which has weights of its own."""
+        """θ_k+1 of Eq. (4). The loss is a sum over tasks, each of which has weights of its own; layers is LowRank's."""
         gradients = torch.autograd.grad(loss, [self.t, *self.weights], create_graph=create_graph)
         clip = inner_clip(args)
         t, *weights = (p - args.alpha * g.clamp(-clip, clip) for p, g in zip([self.t, *self.weights], gradients))
@@ -372,15 +374,22 @@ class LowRank(NamedTuple):
         of_t, *gradients = torch.autograd.grad(loss, [self.t, *outputs], create_graph=create_graph)
         clip, changes = inner_clip(args), []
         for (h, _), delta, (inputs, deltas, excess) in zip(layers, gradients, self.changes):
-            with torch.no_grad():  # no entry of Hᵀ Δ is larger than the sum over points of max |H| max |Δ|
-                near = ((h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1) > clip).nonzero()[:, 0]  # tasks
-                i, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
-            if len(i):  # E has few entries, only those are kept
-                task = near[i]
-                gradient = (h.mT[task, row] * delta.mT[task, unit]).sum(-1)
-                excess = [*excess, (task, row, unit, args.alpha * (gradient - gradient.clamp(-clip, clip)))]
+            excess = excess + [(*where, args.alpha * e) for *where, e in clipped_off(h, delta, clip)]
             changes.append((torch.cat([inputs, h], 1), torch.cat([deltas, -args.alpha * delta], 1), excess))
         return LowRank(self.t - args.alpha * of_t.clamp(-clip, clip), self.weights, changes)
+
+
+def clipped_off(h: Tensor, delta: Tensor, clip: float) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What the clamp takes off Hᵀ Δ, h [task, K, in + 1], delta [task, K, out]: task, row, unit and E of each such
+    entry, [entry] each. There are few; if there is none, nothing. No entry is larger than the sum over points of
+    max |H| max |Δ|, which tells cheaply in which tasks to look.
+    """
+    with torch.no_grad():
+        near = ((h.abs().amax(-1) * delta.abs().amax(-1)).sum(-1) > clip).nonzero()[:, 0]  # tasks
+        i, row, unit = (torch.bmm(h[near].mT, delta[near]).abs() > clip).nonzero().T
+    task = near[i]
+    entry = (h.mT[task, row] * delta.mT[task, unit]).sum(-1)
+    return [(task, row, unit, entry - entry.clamp(-clip, clip))] if len(i) else []
 
 
 # == Outer step ========================================================================================================
@@ -442,32 +451,47 @@ def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, 
 
 
 def predictions(
-    agent: nn.ModuleDict, support: Pairs, x: Tensor, learner: np.ndarray, steps: int, args: Args, modulated: bool = True
+    agent: nn.ModuleDict, tau: list[Tensor], support: Pairs, x: Tensor, learner: np.ndarray, steps: int, args: Args
 ) -> np.ndarray:
     """f(x; θ_k, τ) after 0 .. n steps at x [task, point, 1], [step, task, point]."""
     values = np.empty((steps + 1, *x.shape[:2]))
     for m in np.unique(learner):
         mine = np.flatnonzero(learner == m)
         for part in np.array_split(mine, math.ceil(len(mine) / CHUNK)):
-            own = support.of(part)
+            own = [each[part] for each in tau]
+            thetas = adapt(agent["theta"][m], own, support.of(part), steps, args, create_graph=False)
             with torch.no_grad():
-                tau = modulation_of(agent, own)[1] if modulated else []
-            thetas = adapt(agent["theta"][m], tau, own, steps, args, create_graph=False)
-            with torch.no_grad():
-                values[:, part] = [predict(theta, x[part], tau, args)[0][..., 0].cpu().numpy() for theta in thetas]
+                values[:, part] = [predict(theta, x[part], own, args)[0][..., 0].cpu().numpy() for theta in thetas]
     return values
+
+
+def fitted_curves(
+    agent: nn.ModuleDict, tau: list[Tensor], support: Pairs, tasks: envs.Tasks, learner: np.ndarray, args: Args
+) -> dict[str, np.ndarray]:
+    """Of four tasks of every family, on a grid of x: the function, and the prediction before modulation, after it and
+    after adaptation, [3, task, x]."""
+    few, steps = np.arange(4 * len(np.unique(tasks.cluster))), args.eval_steps or args.inner_steps  # families in turn
+    x = torch.linspace(-5, 5, 101, device=args.device).expand(len(few), -1)
+    truth = value(torch.from_numpy(tasks.params[few]).to(x), x)
+    given = support.of(few), x[..., None], learner[few]
+    plain = predictions(agent, [], *given, 0, args)
+    adapted = predictions(agent, [each[few] for each in tau], *given, steps, args)
+    curves, pairs = np.stack([plain[0], adapted[0], adapted[-1]]), torch.cat([support.x, support.y], -1)[few]
+    return dict(curves=curves, x=x[0].cpu().numpy(), truth=truth.cpu().numpy(), support=pairs.cpu().numpy())
 
 
 def evaluate(tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """Minus the mean squared error of the query points of 1000 tasks of every family (D7), after 0 .. n steps.
 
     Before and after adaptation also the error to the function without noise, and half the width of the 95 % interval of
-    the mean. For the figures, of the first tasks: errors [step, task], embeddings [task, 80]; of four tasks of every
-    family, on a grid of x, the predictions before modulation, after modulation and after adaptation [3, shown, x].
+    the mean; after adaptation the error with the mean τ of all tasks, which tells them not apart. For the figures, of
+    the first tasks: errors [step, task], embeddings [task, 80], and what fitted_curves gives.
     """
     steps, cluster, learner = args.eval_steps or args.inner_steps, tasks.cluster, assign(tasks, args)
     support, query = draw_pairs(tasks, torch.Generator().manual_seed(10**6), args)
-    values = predictions(agent, support, query.x, learner, steps, args)  # [step, task, point]
+    with torch.no_grad():
+        embedding, tau = modulation_of(agent, support)
+    values = predictions(agent, tau, support, query.x, learner, steps, args)  # [step, task, point]
     error, clean = (np.square(values - y[..., 0].cpu().numpy()).mean(-1) for y in (query.y, query.clean))
 
     metrics = {}
@@ -477,18 +501,14 @@ def evaluate(tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict,
         metrics |= returns_by_cluster(f"eval/clean_error_step_{k}", clean[k], cluster)
         metrics |= intervals(f"eval/interval_step_{k}", error[k], cluster)
 
-    few = np.arange(4 * len(np.unique(cluster)))  # clusters are in turn
-    x = torch.linspace(-5, 5, 101, device=args.device).expand(len(few), -1)
-    plain = predictions(agent, support.of(few), x[..., None], learner[few], 0, args, modulated=False)
-    adapted = predictions(agent, support.of(few), x[..., None], learner[few], steps, args)
-    curves = np.stack([plain[0], adapted[0], adapted[-1]])
-    truth = value(torch.from_numpy(tasks.params[few]).to(x), x)
-    pairs = torch.cat([support.x, support.y], -1)[few]
-    arrays = dict(params=tasks.params[:SHOWN], cluster=cluster[:SHOWN], error=error[:, :SHOWN], curves=curves)
-    arrays |= dict(x=x[0].cpu().numpy(), truth=truth.cpu().numpy(), support=pairs.cpu().numpy())
-    if "omega" in agent:
-        with torch.no_grad():
-            arrays["embedding"] = modulation_of(agent, support.of(slice(SHOWN)))[0].cpu().numpy()
+    arrays = dict(params=tasks.params[:SHOWN], cluster=cluster[:SHOWN], error=error[:, :SHOWN])
+    arrays |= fitted_curves(agent, tau, support, tasks, learner, args)
+    if tau:
+        mean = [each.mean(0, keepdim=True).expand_as(each) for each in tau]
+        values = predictions(agent, mean, support, query.x, learner, steps, args)[-1]
+        same = np.square(values - query.y[..., 0].cpu().numpy()).mean(-1)
+        metrics |= returns_by_cluster("eval/return_mean_modulated", -same, cluster)
+        arrays["embedding"] = embedding[:SHOWN].cpu().numpy()
     return metrics, arrays
 
 

@@ -189,6 +189,20 @@ def test_both_turns_of_a_digit_are_in_one_part(root):
     assert [len(part) for part in parts] == [4, 3, 3] and len(set.union(*parts)) == 10
 
 
+DRAWN = {few.digits: (8, 6, 6), few.letters: (33, 7, 7), few.gratings: (42, 9, 9)}
+
+
+@pytest.mark.parametrize("reader", DRAWN, ids=lambda r: r.__name__)
+def test_drawn_classes(reader, root):
+    parts = reader(root)
+    assert tuple(map(len, parts.values())) == DRAWN[reader]
+    classes = [images for part in parts.values() for images in part.values()]
+    assert all(len(images) >= 40 for images in classes)
+    means = np.array([np.mean(images, 0) for images in classes]).reshape(len(classes), -1)
+    apart = np.abs(means[:, None] - means[None]).mean(-1)[~np.eye(len(classes), dtype=bool)]
+    assert apart.min() > 0.2, "no two classes are one"
+
+
 @pytest.mark.parametrize("reader", [*MAKERS, few.digits, few.letters, few.gratings], ids=lambda r: r.__name__)
 def test_a_task(reader, root):
     args = few.Args(ways=2, horizon=3, data=str(root))
@@ -206,6 +220,15 @@ def test_a_task(reader, root):
 
 def first_image(reader, root, part, number, size=84) -> np.ndarray:
     return few.DataSet(reader, few.Args(ways=2, horizon=3, data=str(root), img_size=size)).image(part, number, 0)
+
+
+def test_resizing_is_bilinear():
+    """A white column beside a black one: bilinear makes grey between them, the nearest pixel does not."""
+    data = few.DataSet.__new__(few.DataSet)
+    data.name, data.size, data.read_before = "halves", 8, {}
+    data.classes = dict(train=[[np.array([[0, 255], [0, 255]], np.uint8)]])
+    assert (np.diff(data.image("train", 0, 0)[0, :, 0].astype(int)) >= 0).all()
+    assert 0 < data.image("train", 0, 0)[0, 3, 0] < 128 < data.image("train", 0, 0)[0, 4, 0] < 255
 
 
 def test_strokes_of_omniglot_are_bright(root):
@@ -282,12 +305,21 @@ def test_characters_are_turned_as_a_class(root):
 ERRORS = {
     "nothing there": (lambda root: None, "read from miniimagenet/{train,val,test}/CLASS/IMAGE, or"),
     "a list without its columns": (lambda root: (root / "miniimagenet" / "val.csv").write_text("a,b\nc,d\n"), "label"),
-    "an empty list": (lambda root: (root / "miniimagenet" / "val.csv").write_text(""), "0 classes of val are too few"),
+    "an empty list": (lambda root: (root / "miniimagenet" / "val.csv").write_text(""), "val has 0 classes and needs 1"),
     "a list whose images are elsewhere": (
         lambda root: (root / "miniimagenet" / "images").rename(root / "images"), "FileNotFoundError: "
     ),
-    "too few images": (lambda root: make_mini_imagenet(root, ragged=True), "train, n00000000: 3 images, --horizon"),
+    "too few images": (
+        lambda root: make_mini_imagenet(root, ragged=True), "train, n00000000 has 3 images, and --horizon needs 4"
+    ),
+    "too few classes": (lambda root: keep_lines(root, "test", 5), "test has 1 classes and needs 2"),
 }
+
+
+def keep_lines(root: Path, part: str, count: int) -> None:
+    """Of a list of mini_imagenet; a class has four, and the first line names the columns."""
+    path = root / "miniimagenet" / f"{part}.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
 
 
 @pytest.mark.parametrize("case", ERRORS)
@@ -301,6 +333,32 @@ def test_what_is_missing_gets_one_line_with_the_layout(tmp_path, case):
     message = str(caught.value)
     start = "mmaml_classification.py: error: mini_imagenet, read from miniimagenet/"
     assert message.startswith(start) and words in message and "\n" not in message
+
+
+def test_one_validation_class_is_enough_but_then_there_is_no_validation_score(tmp_path):
+    make_mini_imagenet(tmp_path)
+    args = small_args(data=str(tmp_path), ways=2, eval_episodes=2)
+    tasks, agent = envs.ENVIRONMENTS["mini-imagenet"]().task_set("test")[:2], few.make_agent(args, 1)
+    assert "eval/validation_step_2" in few.evaluate(tasks, [few.DataSet(few.mini_imagenet, args)], agent, args)[0]
+    keep_lines(tmp_path, "val", 5)
+    metrics, _ = few.evaluate(tasks, [few.DataSet(few.mini_imagenet, args)], agent, args)
+    assert "eval/return_step_2" in metrics and not any("validation" in name for name in metrics)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    make_cub(tmp_path)
+    for path in tmp_path.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(SystemExit, match=r"error: an image of cub, .*Bird_\d+_000\d_\d+\.jpg: OSError: (?i:.*truncated)"):
+        first_image(few.cub, tmp_path, "train", 0)
+
+
+def test_empty_lines_of_a_list_are_no_variants(tmp_path):
+    make_aircraft(tmp_path)
+    before = few.aircraft(tmp_path)
+    for path in (tmp_path / "fgvc-aircraft-2013b" / "data").glob("*.txt"):
+        path.write_text(path.read_text() + "\n\n")
+    assert few.aircraft(tmp_path) == before
 
 
 def test_mini_imagenet_may_be_in_folders_and_what_else_lies_there_is_left_out(root, tmp_path):
@@ -624,6 +682,15 @@ def test_a_real_format_can_be_learned(root, tmp_path):
     assert "eval/return_step_5_cluster_4" in read(run / "eval.csv")[0]
 
 
+def test_evaluation_without_a_step():
+    """Modulation alone: what is before and after adaptation is one."""
+    args = few.Args(**(PROBE | dict(inner_steps=0)))
+    tasks, data = Probe().task_set("test")[:4], [few.DataSet(reader, args) for reader in Probe.readers]
+    metrics, arrays = few.evaluate(tasks, data, few.make_agent(args, 1), args)
+    assert metrics["eval/return_step_0"] == arrays["accuracy"][0].mean() == arrays["accuracy"][1].mean()
+    assert "eval/interval_step_0" in metrics and "eval/validation_step_0" in metrics
+
+
 @pytest.mark.parametrize("form", [dict(), dict(modulation="none", oracle=True), dict(eval_steps=3), FROZEN], ids=str)
 def test_evaluation_against_plain_means(monkeypatch, form):
     monkeypatch.setattr(few, "CHUNK", 3)
@@ -646,6 +713,17 @@ def test_evaluation_against_plain_means(monkeypatch, form):
                 np.testing.assert_allclose(arrays["embedding"][i], embedding[0].detach(), atol=1e-5)
     np.testing.assert_allclose(arrays["accuracy"], scores[0])
     assert ("embedding" in arrays) == (not args.oracle) and arrays["examples"].shape == (2, 4, 3, 8, 8)
+    if not args.oracle:
+        images = [few.draw_images(tasks[i], data, "test", args) for i in range(14)]
+        taus = [few.modulation_of(agent, support)[1] for support, _ in images]
+        mean, same = [torch.stack(part).mean(0) for part in zip(*taus)], np.zeros(14)
+        for i, (support, query) in enumerate(images):
+            theta = few.adapt(agent["theta"][0], mean, support, n, args)[-1]
+            logits = few.predict(theta, query.x, mean, args, support.x)
+            same[i] = (logits.argmax(-1) == query.y).double().mean()
+        assert metrics["eval/return_mean_modulated"] == pytest.approx(same.mean())
+        assert metrics["eval/return_mean_modulated_cluster_1"] == pytest.approx(same[1::2].mean())
+    assert ("eval/return_mean_modulated" in metrics) == (not args.oracle)
     assert arrays["cluster"].tolist() == [0, 1] * 7
     groups = {"": tasks.cluster >= 0, "_cluster_0": tasks.cluster == 0, "_cluster_1": tasks.cluster == 1}
     for suffix, mine in groups.items():

@@ -337,10 +337,14 @@ def test_a_meta_step_is_a_clipped_step_on_the_objective(double):
     gradients = dict(zip(dict(agent.named_parameters()), torch.autograd.grad(
         query_error(agent, support, query, args), [*agent.parameters()])))  # fmt: skip
     before = {k: p.clone() for k, p in agent.named_parameters()}
+    tau = reg.modulation_of(agent, support)[1]
+    thetas = reg.adapt(agent["theta"][0], tau, support, args.inner_steps, args)
+    expected = [reg.squared_error(reg.predict(thetas[k], query.x, tau, args)[0], query.y) for k in (0, -1)]
     for p in agent.parameters():
         p.grad = torch.ones_like(p)  # left over
     errors, norms = reg.meta_step(agent, Adam(agent), support, query, np.zeros(4, int), args)
-    assert errors.shape == (2, 4) and (errors[0] != errors[1]).all()
+    torch.testing.assert_close(errors, torch.stack(expected))
+    assert (errors[0] != errors[1]).all()
     for group, key in (("theta", "theta_0"), ("omega", "omega")):
         norm = sum((g**2).sum() for k, g in gradients.items() if k.startswith(group)).sqrt().item()
         assert norms[f"adam/gradient_{key}"] == pytest.approx(norm) and norm > 0.01
@@ -409,6 +413,15 @@ def test_evaluation_against_plain_means(monkeypatch, form):
             half = 1.96 * np.sqrt((values.var(0, ddof=1) / len(values)).sum()) / values.shape[1]
             assert metrics[f"eval/interval_step_{k}{suffix}"] == pytest.approx(half, rel=1e-4)
             assert metrics[f"eval/clean_error_step_{k}{suffix}"] == pytest.approx(clean[k, mine].mean(), rel=1e-4)
+    if "omega" not in agent:
+        assert "eval/return_mean_modulated" not in metrics
+        return
+    mean = [part.mean(0, keepdim=True).expand_as(part) for part in reg.modulation_of(agent, support)[1]]
+    theta = reg.adapt(agent["theta"][0], mean, support, 3, args)[-1]
+    same = ((reg.predict(theta, query.x, mean, args)[0] - query.y) ** 2).mean((1, 2)).detach().numpy()
+    assert metrics["eval/return_mean_modulated"] == pytest.approx(-same.mean(), rel=1e-4)
+    assert metrics["eval/return_mean_modulated_cluster_2"] == pytest.approx(-same[tasks.cluster == 2].mean(), rel=1e-4)
+    assert abs(same.mean() - error[3].mean()) > 1e-3
 
     assert arrays["curves"].shape == (3, 12, 101) and arrays["support"].shape == (12, 5, 2)
     truth = reg.value(torch.from_numpy(tasks.params[:12]), torch.from_numpy(arrays["x"]).double().expand(12, -1))
@@ -494,6 +507,10 @@ RULES = [
     ("--env functions-3m --tasks 50", "--tasks must be a multiple of 3"),
     ("--oracle", "--oracle needs --modulation none"),
     ("--hidden 10 10", "--modulated-layers must be at most 2"),
+    *[
+        (f"{flag} --modulation none", "--modulated-layers, --no-sort and --lstm-hidden need a --modulation")
+        for flag in ("--modulated-layers 1", "--no-sort", "--lstm-hidden 7")
+    ],
     ("--bias-dim 7", "--bias-dim needs --modulation none (D3)"),
     ("--shots 10", "--shots must be less than --horizon"),
     ("--alpha 0", "--alpha, --lr and --outer-clip must be positive"),
@@ -514,5 +531,5 @@ def test_every_rule_has_a_case_and_presets_have_25_tasks_of_every_family():
     assert len(reg.check(reg.Args(), reg.Functions5M)) == len({message for _, message in RULES})
     for families in (2, 3, 5):
         assert reg.parse_args(["--env", f"functions-{families}m"]).tasks == 25 * families
-    reg.parse_args("--oracle --modulation none --inner-steps 0 --bias-dim 0 --no-sort --hidden 8 8".split())
+    reg.parse_args("--oracle --modulation none --inner-steps 0 --bias-dim 0 --hidden 8 8".split())
     reg.parse_args("--inner-clip 0 --modulated-layers 1 --hidden 8".split())
