@@ -133,7 +133,7 @@ ANT = dict(iterations=1001, horizon=250, inner_steps=3)
 PAPER = {f"point-{modes}": POINT for modes in ("1m", "2m", "4m", "6m", "6m-far")}
 PAPER |= {f"reacher-{modes}": REACHER for modes in ("1m", "2m", "4m", "6m", "6m-bug")}
 PAPER |= {f"ant-{modes}": ANT for modes in ("1m", "2m", "4m")}
-FAST: dict[str, dict] = {}  # none is tuned yet
+FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 
 

@@ -79,7 +79,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {}  # Args has our settings: the paper gives none (D1)
-FAST: dict[str, dict] = {}
+FAST: dict[str, dict] = {}  # none: it takes seconds
 MAY_BE_0 = ("seed", "num_threads")
 STRATEGIES = "uniform", "easy", "medium", "hard"
 POINTS = 300

@@ -116,7 +116,7 @@ class Args:
 
 
 PAPER = {env: dict(horizon=200) for env in ("ml2", "ant-cheetah-dir")}  # else as above: the paper's Table 4, and D7
-FAST: dict[str, dict] = {}  # none is tuned yet
+FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = ("seed", "num_threads", "probe_iterations")
 KINDS = "fisher", "state-next-state", "latent", "gradient"  # of embeddings, in this order
 

@@ -42,7 +42,7 @@ class AntGoal4C(Ant):
     Episode: 100 steps of 0.05 s, no termination.
     """
 
-    task_dim, num_clusters = 2, 4
+    task_dim, num_clusters, task_is = 2, 4, "goal"
 
     def draw(self, cluster, rng):
         return 2 * circle(rng.normal(CENTRES[cluster], 0.2))

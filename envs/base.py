@@ -13,7 +13,7 @@ import operator
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import mujoco
@@ -67,7 +67,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     """Copies of one environment, each with its own task, its own clock and its own random stream.
 
     A definition sets `obs_dim`, `action_dim`, `task_dim`, `num_clusters` (1: no cluster structure), `horizon`
-    (steps per episode, which the constructor can override), `dt` (seconds per step), `num_test_tasks`, and implements
+    (steps per episode, which the constructor can override), `dt` (seconds per step), `num_test_tasks`, `task_is` (what
+    the first parameters are, for figures and films: a goal [x, y], a direction or a velocity), and implements
 
         draw(cluster, rng) -> params          one task of each given cluster, [n] -> [n, task_dim]
         nearest_cluster(params) -> cluster    the guess of one who sees the parameters; default: the only cluster
@@ -91,12 +92,13 @@ class TaskVectorEnv(gym.vector.VectorEnv):
     horizon: int = 100
     dt: float
     num_test_tasks: int = 32
+    task_is: Literal["goal", "direction", "velocity"] | None = None
 
     def __init__(
         self, num_envs: int = 1, num_threads: int = 0, render_mode: str | None = None, horizon: int | None = None
     ):
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if num_envs < 1 or num_threads < 0:
+            raise ValueError(f"num_envs must be at least 1 and num_threads 0, got {num_envs} and {num_threads}")
         self.horizon = operator.index(self.horizon if horizon is None else horizon)
         if self.horizon < 1:
             raise ValueError(f"horizon must be at least 1, got {horizon}")
@@ -170,36 +172,47 @@ class TaskVectorEnv(gym.vector.VectorEnv):
             raise TypeError(f"options['reset_mask'] must be a boolean array, got {mask!r}")
         if mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(f"options['reset_mask'] must have shape ({self.num_envs},) and name a copy, got {mask}")
-        ids = np.flatnonzero(mask)
-
-        super().reset(seed=seed)
-        if seed is not None or not self.rngs:  # the first reset seeds all copies, later ones those of the mask
-            first = self.np_random_seed if seed is None else seed
-            streams = [seeding.np_random(first + i)[0] for i in range(self.num_envs)]
-            self.rngs = self.rngs or streams
-            for i in ids:
-                self.rngs[i] = streams[i]
-
         tasks = options.get("tasks")
         if not isinstance(tasks, Tasks | None):
             raise TypeError(f"options['tasks'] must be envs.Tasks, got {type(tasks).__name__}")
         shapes = (self.num_envs, self.task_dim), (self.num_envs,)
         if tasks is not None and (np.shape(tasks.params), np.shape(tasks.cluster)) != shapes:
             raise ValueError(f"options['tasks'] needs params of shape {shapes[0]} and cluster of shape {shapes[1]}")
-        params, cluster = self.tasks.params.copy(), self.tasks.cluster.copy()
+
+        super().reset(seed=seed)
+        ids = np.flatnonzero(mask)
+        self._seed(seed, ids)
+        self._assign(tasks, seed, ids)
+        self.reset_state(ids)
+        self.elapsed[mask] = 0
+        self.fell[mask] = self.broke[mask] = self.done[mask] = False
+        return self._checked("observation", self.observation(), self.num_envs, self.obs_dim).astype(np.float32), {}
+
+    def _seed(self, seed: int | None, ids: np.ndarray) -> None:
+        """The streams of the copies ids; at the first reset those of all."""
+        if not self.rngs:
+            seed, ids = self.np_random_seed if seed is None else seed, np.arange(self.num_envs)
+            self.rngs = [None] * self.num_envs
+        if seed is not None:
+            for i in ids:
+                self.rngs[i] = seeding.np_random(seed + int(i))[0]
+
+    def _assign(self, tasks: Tasks | None, seed: int | None, ids: np.ndarray) -> None:
+        """The given tasks, or fresh ones where a seed asks for them or there are none yet, to the copies ids."""
+        before, params, cluster = self.tasks, self.tasks.params.copy(), self.tasks.cluster.copy()
         for i in ids:
             if tasks is not None:
                 params[i], cluster[i] = tasks.params[i], tasks.cluster[i]
             elif seed is not None or not self.has_task[i]:
                 drawn = self.sample_tasks(1, self.rngs[i])
                 params[i], cluster[i] = drawn.params[0], drawn.cluster[0]
-        self.tasks = Tasks(params, cluster)
-        self.apply_tasks(ids)
+        try:
+            self.tasks = Tasks(params, cluster)
+            self.apply_tasks(ids)
+        except ValueError:  # a task that the definition refuses
+            self.tasks = before
+            raise
         self.has_task[ids] = True
-        self.reset_state(ids)
-        self.elapsed[mask] = 0
-        self.fell[mask] = self.broke[mask] = self.done[mask] = False
-        return self._checked("observation", self.observation(), self.num_envs, self.obs_dim).astype(np.float32), {}
 
     def step(self, action):
         """One control step of every copy that is not frozen.
@@ -278,7 +291,8 @@ class TaskVectorEnv(gym.vector.VectorEnv):
 class MujocoVectorEnv(TaskVectorEnv):
     """A `TaskVectorEnv` whose copies are simulations of one MuJoCo model, stepped by C++ threads.
 
-    A definition sets `xml` (one of Gymnasium's assets), `frame_skip` and, to override the file's, `timestep`.
+    A definition sets `xml` (one of Gymnasium's assets, or an absolute path), `frame_skip` and, to override that of the
+    file, `timestep`.
     `stage` is how much of the forward pass each step ends with at its new state. Without it qpos and qvel are current,
     and all that MuJoCo derives from them is a substep late; mjSTAGE_POS makes positions of bodies and sites current,
     mjSTAGE_ACC everything. `contact_forces = True` keeps `cfrc_ext` alive: a force sensor makes MuJoCo compute it, and
@@ -353,14 +367,15 @@ class MujocoVectorEnv(TaskVectorEnv):
         return action
 
     def render(self) -> tuple[np.ndarray, ...]:
-        """One [480, 480, 3] uint8 image a copy, seen by the model's tracking camera."""
+        """One [480, 480, 3] uint8 image a copy, seen by the model's tracking camera, or else by the free one (-1)."""
         if self.renderer is None:
             self.renderer = mujoco.Renderer(self.model, 480, 480)
+        camera = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         frames = []
         for i in range(self.num_envs):
             model, data = self.batch.get_model(i), self.batch.get_data(i)
             mujoco.mj_forward(model, data)
-            self.renderer.update_scene(data, camera="track")
+            self.renderer.update_scene(data, camera=camera)
             frames.append(self.renderer.render())
         return tuple(frames)
 

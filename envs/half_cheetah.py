@@ -43,7 +43,7 @@ class CheetahVel(HalfCheetah):
     Reward: -|dx/dt - v| - 0.05 |a|^2. Episode: 100 steps of 0.05 s, no termination.
     """
 
-    obs_dim, task_dim, num_test_tasks = 20, 1, 40
+    obs_dim, task_dim, num_test_tasks, task_is = 20, 1, 40, "velocity"
 
     def draw(self, cluster, rng):
         return rng.uniform(0, 2, (len(cluster), 1))

@@ -16,7 +16,7 @@ class HumanoidDir4C(MujocoVectorEnv):
     """
 
     xml, frame_skip, dt, contact_forces = "humanoid.xml", 5, 0.015, True
-    obs_dim, action_dim, task_dim, num_clusters = 376, 17, 2, 4
+    obs_dim, action_dim, task_dim, num_clusters, task_is = 376, 17, 2, 4, "direction"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

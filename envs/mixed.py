@@ -1,5 +1,7 @@
 """Several robots in one task distribution: the cluster of a task is its robot."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from envs.ant import AntDir
@@ -64,23 +66,21 @@ class MixedVectorEnv(TaskVectorEnv):
             obs[mine, : part.obs_dim] = part.observation()[mine]
         return obs
 
-    def reward(self, action):
-        reward = np.zeros(self.num_envs)
+    def gathered(self, of: Callable[[TaskVectorEnv], np.ndarray], dtype: type = float) -> np.ndarray:
+        """[num_envs], of every copy what its robot gives."""
+        values = np.zeros(self.num_envs, dtype)
         for part, mine in self.rows():
-            reward[mine] = part.reward(action[:, : part.action_dim])[mine]
-        return reward
+            values[mine] = of(part)[mine]
+        return values
+
+    def reward(self, action):
+        return self.gathered(lambda part: part.reward(action[:, : part.action_dim]))
 
     def terminated(self):
-        fell = np.zeros(self.num_envs, bool)
-        for part, mine in self.rows():
-            fell[mine] = part.terminated()[mine]
-        return fell
+        return self.gathered(lambda part: part.terminated(), bool)
 
     def diverged(self):
-        broke = np.zeros(self.num_envs, bool)
-        for part, mine in self.rows():
-            broke[mine] = part.diverged()[mine]
-        return broke
+        return self.gathered(lambda part: part.diverged(), bool)
 
     def render(self):
         frames = [part.render() for part in self.parts]

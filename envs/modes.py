@@ -27,7 +27,7 @@ MODES = {  # their centres, [mode, 2]
 class Modes(TaskVectorEnv):
     """Goals N(m_k, sd^2 I) around the centre of a mode, which is the cluster. A definition sets `centres` and `sd`."""
 
-    task_dim, num_test_tasks = 2, 48
+    task_dim, num_test_tasks, task_is = 2, 48, "goal"
     centres: np.ndarray  # [mode, 2]
     sd: float
 

@@ -14,7 +14,7 @@ class PointGoal4C(TaskVectorEnv):
     Observation: position [2]. Reward: -|x - g|_1 - 0.01 |a|^2, x after the step. Episode: 100 steps, from the origin.
     """
 
-    obs_dim, action_dim, task_dim, num_clusters, dt = 2, 2, 2, 4, 0.1
+    obs_dim, action_dim, task_dim, num_clusters, task_is, dt = 2, 2, 2, 4, "goal", 0.1
     scale = 40  # pixels a unit
 
     def __init__(self, *args, **kwargs):

@@ -7,13 +7,13 @@ are applied to the compiled model as they are; constants derived from it (invers
 
 import numpy as np
 
-from envs.runner import Runner
+from envs.runner import HopperOrWalker
 
 PARAMETER_SETS = ("body_mass", "dof_damping", "body_inertia", "geom_friction")  # cluster 0, 1, 2, 3
 
 
-class RandParams4C(Runner):
-    """What hopper and walker share: 16 ms steps, start noise, multipliers, a reward for moving forward."""
+class RandParams4C(HopperOrWalker):
+    """What hopper and walker share here: 16 ms steps, multipliers, a reward for moving forward."""
 
     timestep, frame_skip, dt = 0.004, 4, 0.016
     num_clusters = 4
@@ -44,13 +44,6 @@ class RandParams4C(Runner):
         splits = np.cumsum([field[0].size for field in self.fields])[:-1]
         for field, part in zip(self.fields, np.split(values, splits, axis=1)):
             field[ids] = part.reshape(len(ids), *field.shape[1:])
-
-    def start_state(self, rng):
-        noise = rng.uniform(-0.005, 0.005, self.model.nq)
-        return self.model.qpos0 + noise, rng.uniform(-0.005, 0.005, self.model.nv)
-
-    def observation(self):
-        return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=1)
 
     def reward(self, action):
         return self.velocity() + self.alive_bonus - 0.001 * np.square(action).sum(1)

@@ -21,10 +21,21 @@ class Runner(MujocoVectorEnv):
         return (self.qpos[:, 0] - self.before) / self.dt
 
 
+class HopperOrWalker(Runner):
+    """What both share in Gym: the noise at the start; they observe qpos[1:] and qvel clipped to [-10, 10]."""
+
+    def start_state(self, rng):
+        noise = rng.uniform(-0.005, 0.005, self.model.nq)
+        return self.model.qpos0 + noise, rng.uniform(-0.005, 0.005, self.model.nv)
+
+    def observation(self):
+        return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=1)
+
+
 class DirectionRunner(Runner):
     """Two tasks, which are also the two clusters: d = +1, run forward (cluster 0), and d = -1, backward (cluster 1)."""
 
-    task_dim, num_clusters, num_test_tasks = 1, 2, 40
+    task_dim, num_clusters, num_test_tasks, task_is = 1, 2, 40, "direction"
 
     def draw(self, cluster, rng):
         return 1.0 - 2.0 * cluster[:, None]

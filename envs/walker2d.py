@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from envs.runner import DirectionRunner
+from envs.runner import DirectionRunner, HopperOrWalker
 
 
-class WalkerDir(DirectionRunner):
+class WalkerDir(HopperOrWalker, DirectionRunner):
     """`walker-dir`: forward or backward.
 
     Observation [17]: qpos[1:] (8), qvel clipped to [-10, 10] (9).
@@ -15,13 +15,6 @@ class WalkerDir(DirectionRunner):
 
     xml, frame_skip, dt = "walker2d.xml", 4, 0.008
     obs_dim, action_dim = 17, 6
-
-    def start_state(self, rng):
-        noise = rng.uniform(-0.005, 0.005, self.model.nq)
-        return self.model.qpos0 + noise, rng.uniform(-0.005, 0.005, self.model.nv)
-
-    def observation(self):
-        return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=1)
 
     def reward(self, action):
         return self.directed_velocity() + 1 - 0.001 * np.square(action).sum(1)

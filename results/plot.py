@@ -86,6 +86,7 @@ X_COLUMN = {"frames": "charts/frames", "iterations": "iteration"}
 
 # What is known of environments that only their scripts know: names of their modes, and the variance of the noise.
 SUPERVISED = {"mmaml_regression", "mmaml_classification"}
+OWN_ARGUMENT = dict(bias_dim="mmaml_regression", ways="mmaml_classification", repeats="rmaml_reaching", rates="rmaml")
 MODES = {
     "functions": ("sine", "line", "parabola", "hyperbolic tangent", "absolute value"),
     "images": ("OMNIGLOT", "MINI-IMAGENET", "FC100", "CUB", "AIRCRAFT"),
@@ -135,6 +136,11 @@ def read_args(run: Path) -> dict:
     return args
 
 
+def origin(args: dict) -> str:
+    """The script whose figures a run has: its own, or that from which it was copied, told by an argument."""
+    return next((script for argument, script in OWN_ARGUMENT.items() if argument in args), args["script"])
+
+
 def make_env(args: dict, **kwargs) -> envs.TaskVectorEnv:
     with blame(f"environment {args['env']!r} cannot be made"):  # "module:id" may import anything
         env = gym.make_vec(args["env"], **kwargs).unwrapped
@@ -148,9 +154,11 @@ def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
 
     The last row of a run that was killed, or still writes, may be cut, or followed by rubbish: it is left out.
     """
+    *lines, _ = path.read_text(errors="replace").split("\n")  # nothing, or a line without its end
+    if len(lines) < 2:
+        raise Unusable(f"{path} has no evaluation yet")
     with blame(f"{path} is damaged"):
-        *lines, _ = path.read_text(errors="replace").split("\n")  # nothing, or a line without its end
-        names, *rows = [line.split(",") for line in lines] or [[]]
+        names, *rows = [line.split(",") for line in lines]
         try:
             values = np.array([[float(cell) for cell in row] for row in rows])
         except ValueError:
@@ -250,7 +258,9 @@ def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[M
     colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
     result, shade = [], defaultdict(itertools.count)
     for label, runs in groups.items():
-        args = runs[0][0]
+        args, seeds = runs[0][0], [args["seed"] for args, _ in runs if "seed" in args]
+        if len(set(seeds)) < len(seeds):
+            raise Unusable(f"two runs of {label} have the same seed: is one a copy, or of older code?")
         colour, n = np.array(to_rgb(colours[algorithm(args)])), next(shade[algorithm(args)])
         colour = colour if n == 0 else colour * 0.7**n if n % 2 else 1 - (1 - colour) * 0.7**n  # darker, lighter, ...
         label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})".replace("$", r"\$")
@@ -611,7 +621,7 @@ def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]],
 
     Solid: after all gradient steps; dotted: before them, after modulation alone where there is one.
     """
-    env, is_error = settings[0]["env"], settings[0]["script"] == "mmaml_regression"
+    env, is_error = settings[0]["env"], origin(settings[0]) == "mmaml_regression"
     sign = -1 if is_error else 1
     tables = [{k: sign * v if RETURN.fullmatch(k) else v for k, v in table.items()} for table in tables]
     compared = methods(settings, tables)
@@ -719,7 +729,8 @@ def draw(options: Options) -> None:
     settings = [read_args(run) for run in options.runs]
     run, name, data = options.runs[0], settings[0]["env"], {}
     out = options.out or run / "figures"
-    if "rmaml_reaching" in {args["script"] for args in settings}:  # the toy has no environment to look at
+    origins = {origin(args) for args in settings}
+    if "rmaml_reaching" in origins:  # the toy has no environment to look at
         if len(settings) > 1:
             raise Unusable("a run of rmaml_reaching.py is a figure of its own")
         table = read_csv(run / "eval.csv", re.compile(r"eval/(distance|x|y)_\w+"))
@@ -727,7 +738,7 @@ def draw(options: Options) -> None:
         with plt.rc_context(STYLE):
             return reaching(table, run, out / "reaching.png")
     tables = [read_csv(run / "eval.csv") for run in options.runs]
-    is_supervised = not SUPERVISED.isdisjoint(args["script"] for args in settings)
+    is_supervised = not SUPERVISED.isdisjoint(origins)
     env = None if is_supervised else make_env(settings[0])
     if len(options.runs) == 1:
         if (run / "eval.npz").exists():
@@ -739,8 +750,7 @@ def draw(options: Options) -> None:
         if is_supervised:
             return supervised(settings, tables, data, out, options.x)
         learning_curves(env, settings, tables, out, options.x)
-        goals = "goal" in name or isinstance(env, envs.modes.Modes)
-        if goals and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
+        if env.task_is == "goal" and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
             cluster_map(name, data, out / "cluster_map.png")
         if "cluster_belief" in data:
             cluster_belief(name, data, tables[0], out / "belief.png")
@@ -752,9 +762,9 @@ def draw(options: Options) -> None:
             herd(name, data, out / "herd.png")
             if "train_points" in data:
                 herd_embeddings(name, data, out / "embeddings.png")
-        if "vel" in name and "returns" in data:
+        if env.task_is == "velocity" and "returns" in data:
             return_by_velocity(name, data, out / "return_by_velocity.png")
-        if len(options.runs) == 1 and settings[0]["script"] == "rmaml" and (run / "metrics.csv").exists():
+        if len(options.runs) == 1 and origins == {"rmaml"} and (run / "metrics.csv").exists():
             table = read_csv(run / "metrics.csv", re.compile(r"policy/alpha_layer_\d+"))
             learned_rates(name, settings[0]["rates"], table, out / "learned_rates.png")
         if "reward_weights" in data:

@@ -1,4 +1,4 @@
-"""The last evaluation of runs as a Markdown table; the last, not the best.
+"""The last evaluation of runs as a Markdown table; the last, not the best; of several seeds the last that all have.
 
     python results/table.py RUN RUN ...               a row a method: runs that differ in nothing but the seed
     python results/table.py RUN RUN ... --clusters    and the returns in every true cluster
@@ -9,11 +9,12 @@ error, or the accuracy; their frames are points and images), and the NMI. A run 
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import tyro
-from plot import RETURN, SUPERVISED, Method, Unusable, methods, read_args, read_csv
+from plot import RETURN, SUPERVISED, Method, Unusable, methods, origin, read_args, read_csv
 
 
 @dataclass
@@ -39,7 +40,8 @@ def table(compared: list[Method], clusters: bool, digits: int) -> str:
     short = (k.removeprefix("eval/").removeprefix("return_").replace("_", " ") for k in shown)
     rows = [["", "million frames", *short], ["---"] * (2 + len(shown))]
     for method in compared:
-        last = [{k: column[-1] for k, column in seed.items()} for seed in method.tables]
+        end = reduce(np.intersect1d, [seed["iteration"] for seed in method.tables])[-1]
+        last = [{k: column[seed["iteration"] == end][0] for k, column in seed.items()} for seed in method.tables]
         frames = f"{np.mean([row['charts/frames'] for row in last]) / 1e6:.2f}"
         values = {k: [row[k] for row in last if k in row] for k in shown}
         cells = [cell(x, 2 if k == "eval/nmi" else digits) for k, x in values.items()]
@@ -56,7 +58,7 @@ def main(options: Options) -> None:
             raise Unusable("a run is given twice")
         if len(names := {args["env"] for args in settings}) > 1:
             raise Unusable(f"runs of different environments in one table: {', '.join(sorted(names))}")
-        scripts = {args["script"] for args in settings}
+        scripts = {origin(args) for args in settings}
         if "rmaml_reaching" in scripts:
             raise Unusable("rmaml_reaching.py has strategies, and no table: see its eval.csv")
         compared = methods(settings, [read_csv(run / "eval.csv") for run in options.runs])

@@ -21,10 +21,9 @@ import numpy as np
 import tyro
 from mujoco.rendering.classic import gl_context
 from PIL import Image, ImageDraw, ImageFont
-from plot import CLUSTER_COLOURS, SUPERVISED, Unusable, make_env, read_args, read_arrays
+from plot import CLUSTER_COLOURS, SUPERVISED, Unusable, make_env, origin, read_args, read_arrays
 
 import envs
-from envs.modes import Modes
 
 SIZE, CAPTION = 180, 62  # pixels of a panel, and of the text above it
 FRAMES, BYTES = 100, 4_000_000  # at most, about
@@ -108,17 +107,16 @@ class Camera:
             self.renderers[robot] = mujoco.Renderer(robot.model, SIZE, SIZE)
         renderer, model, data = self.renderers[robot], robot.batch.get_model(i), robot.batch.get_data(i)
         mujoco.mj_forward(model, data)
-        kind, params, torso = type(robot).__name__, robot.tasks.params[i], data.xpos[1]  # body 0 is the world
-        goals = "Goal" in kind or isinstance(robot, Modes)
+        params, torso = robot.tasks.params[i], data.xpos[1]  # body 0 is the world
         farthest = np.linalg.norm(robot.tasks.params[:, :2], axis=1).max()
-        view = above_all_goals(farthest) if goals else beside(torso, steep=len(params) == 2)
+        view = above_all_goals(farthest) if robot.task_is == "goal" else beside(torso, steep=len(params) == 2)
         renderer.update_scene(data, camera=view)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[flag] = False
-        if goals:
+        if robot.task_is == "goal":
             disc = add_geom(renderer.scene, mujoco.mjtGeom.mjGEOM_CYLINDER)
             disc.pos, disc.size = (*params[:2], farthest / 100), farthest / 100 * np.array([12, 12, 1])
-        elif "Dir" in kind or "Vel" in kind:
+        elif robot.task_is:
             start = torso + [0, 0, 0.7]
             along = 0.6 * np.pad(params[:2].astype(float), (0, 3 - len(params[:2])))
             arrow = add_geom(renderer.scene, mujoco.mjtGeom.mjGEOM_ARROW)
@@ -216,7 +214,7 @@ def write_gif(frames: list[Image.Image], stay: list[int], path: Path) -> None:
 def render(options: Options) -> None:
     args = read_args(options.run)
     path, script = options.run / "eval.npz", f"python algos/{args['script']}.py"
-    if args["script"] in {"rmaml_reaching", *SUPERVISED}:
+    if origin(args) in {"rmaml_reaching", *SUPERVISED}:
         raise Unusable(f"{options.run} is of {args['script']}.py, which has no robot to be filmed")
     if not path.is_file():
         weights = (options.run / "agent.pt").is_file()

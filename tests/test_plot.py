@@ -1,5 +1,6 @@
 """results/plot.py: which figures a run gives, what is drawn on them, and one line for what cannot be drawn."""
 
+import importlib
 import io
 import json
 import subprocess
@@ -242,11 +243,24 @@ def test_a_method_keeps_its_colour(tmp_path, drawn):
 
 
 def test_other_arguments_make_another_method(tmp_path, drawn):
-    names = {"a": {}, "b": dict(seed=1), "c": dict(oracle=True), "d": dict(oracle=True, eval_every=3)}
+    names = {"a": {}, "b": dict(seed=1), "c": dict(oracle=True), "d": dict(oracle=True, eval_every=3, seed=1)}
     plot.main(plot.Options([make_run(tmp_path / k, "maml", **dict(oracle=False) | v) for k, v in names.items()]))
     axis = drawn["learning_curve.png"].axes[0]
     without, oracle = lines(axis, "MAML (2 seeds)")[0], lines(axis, "Multi-MAML (2 seeds)")[0]
     assert without.get_color() != oracle.get_color()
+
+
+def test_runs_of_one_seed_are_no_seeds(tmp_path):
+    runs = [make_run(tmp_path / "run"), make_run(tmp_path / "older", name="older")]
+    assert "two runs of MILET have the same seed" in error(*runs)
+
+
+@pytest.mark.parametrize("argument, script", plot.OWN_ARGUMENT.items())
+def test_a_copy_of_a_script_is_known_by_an_argument(argument, script):
+    """One that no other script has."""
+    assert plot.origin({"script": "mine", argument: 1}) == script and plot.origin({"script": "mine"}) == "mine"
+    scripts = {path.stem: importlib.import_module(path.stem) for path in (ROOT / "algos").glob("*.py")}
+    assert [name for name, module in scripts.items() if argument in vars(module.Args())] == [script]
 
 
 @pytest.mark.parametrize(
@@ -316,11 +330,11 @@ def test_what_a_kill_leaves_at_the_end_is_skipped(tmp_path, tail):
 GOOD = table(["eval/return_episode_1"])
 ARGS = dict(script="milet", env="point-goal-4c", seed=0)
 BAD = {  # case: file, content (None: a folder), part of the error
-    "csv empty": ("eval.csv", "", "eval.csv is damaged: it has no rows"),
-    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv is damaged: it has no rows"),
-    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv is damaged: it has no rows"),
-    "csv cut in the header": ("eval.csv", GOOD[:20], "eval.csv is damaged"),
-    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv is damaged: it has no rows"),
+    "csv empty": ("eval.csv", "", "eval.csv has no evaluation yet"),
+    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv has no evaluation yet"),
+    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv has no evaluation yet"),
+    "csv cut in the header": ("eval.csv", GOOD[:20], "eval.csv has no evaluation yet"),
+    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv has no evaluation yet"),
     "csv without frames": ("eval.csv", GOOD.replace("charts/frames", "x"), "lacks the columns"),
     "csv without returns": ("eval.csv", GOOD.replace("eval/return", "x"), "lacks the columns"),
     "csv with a bad number": ("eval.csv", GOOD.replace("1000", "1oo0"), "eval.csv is damaged: "),

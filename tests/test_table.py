@@ -32,6 +32,15 @@ def test_a_row_a_method_and_the_last_evaluation(tmp_path, capsys):
     assert maml[0] == "MAML (1 seed)" and maml[2:4] == ["", ""] and "±" not in maml[5]
 
 
+def test_seeds_are_compared_at_the_last_evaluation_that_all_have(tmp_path, capsys):
+    runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seed=1)]
+    lines = (runs[1] / "eval.csv").read_text().splitlines(keepends=True)
+    (runs[1] / "eval.csv").write_text("".join(lines[:3]))
+    table.main(table.Options(tuple(runs), digits=3))
+    values = [plot.read_csv(run / "eval.csv")["eval/return_episode_1"][1] for run in runs]
+    assert rows(capsys.readouterr().out)[2][2].split(" ±")[0] == f"{np.mean(values):.3f}"
+
+
 def test_clusters(tmp_path, capsys):
     run = make_run(tmp_path / "run", clusters=2, ks=(1,))
     table.main(table.Options((run,), clusters=True))
