@@ -526,7 +526,7 @@ def meta_step(
         theta = adapt(agent["theta"][m], tau, own_support, args.inner_steps, args)[-1]
         logits = predict(theta, own_query.x, tau, args, own_support.x)
         loss = loss_of(logits, own_query.y)
-        loss.mean().backward()  # Eq. (5)
+        loss.mean().backward()  # Eq. (5), D8
         hits[mine], losses[mine] = accuracy(logits, own_query.y).cpu(), loss.detach().cpu()
     adam.step()
     return hits, {"train/loss": losses.mean()}

@@ -22,35 +22,33 @@ from envs.half_cheetah import CheetahVel
 from envs.point import PointGoal4C
 from envs.rand_params import PARAMETER_SETS
 
-SIZES = {  # id: observation, action, dt
-    "ant-goal-4c": (113, 8, 0.05),
-    "ant-goal-partial-4c": (113, 8, 0.05),
-    "ant-goal-u": (113, 8, 0.05),
-    "humanoid-dir-4c": (376, 17, 0.015),
-    "humanoid-dir-sparse-4c": (376, 17, 0.015),
-    "hopper-params-4c": (11, 3, 0.016),
-    "walker-params-4c": (17, 6, 0.016),
-    "point-goal-4c": (2, 2, 0.1),
-    "point-goal-sparse": (2, 2, 0.1),
-    "cheetah-dir": (17, 6, 0.05),
-    "cheetah-vel": (20, 6, 0.05),
-    "cheetah-vel-noise": (20, 6, 0.05),
-    "cheetah-vel-sparse": (20, 6, 0.05),
-    "ant-dir": (111, 8, 0.05),
-    "walker-dir": (17, 6, 0.008),
-    "ant-cheetah-dir": (111, 8, 0.05),
-    "ml2": (17, 6, 0.05),
-    **{f"point-{modes}": (4, 2, 0.1) for modes in ("1m", "2m", "4m", "6m", "6m-far")},
-    **{f"reacher-{modes}": (7, 3, 0.02) for modes in ("1m", "2m", "4m", "6m", "6m-bug")},
-    **{f"ant-{modes}": (29, 8, 0.02) for modes in ("1m", "2m", "4m")},
+SIZES = {  # id: observation, action, seconds a step, steps an episode, held-out tasks
+    "ant-goal-4c": (113, 8, 0.05, 100, 32),
+    "ant-goal-partial-4c": (113, 8, 0.05, 100, 32),
+    "ant-goal-u": (113, 8, 0.05, 100, 32),
+    "humanoid-dir-4c": (376, 17, 0.015, 100, 32),
+    "humanoid-dir-sparse-4c": (376, 17, 0.015, 100, 32),
+    "hopper-params-4c": (11, 3, 0.016, 100, 32),
+    "walker-params-4c": (17, 6, 0.016, 100, 32),
+    "point-goal-4c": (2, 2, 0.1, 100, 32),
+    "point-goal-sparse": (2, 2, 0.1, 32, 32),
+    "cheetah-dir": (17, 6, 0.05, 100, 40),
+    "cheetah-vel": (20, 6, 0.05, 100, 40),
+    "cheetah-vel-noise": (20, 6, 0.05, 100, 40),
+    "cheetah-vel-sparse": (20, 6, 0.05, 64, 40),
+    "ant-dir": (111, 8, 0.05, 100, 40),
+    "walker-dir": (17, 6, 0.008, 100, 40),
+    "ant-cheetah-dir": (111, 8, 0.05, 100, 40),
+    "ml2": (17, 6, 0.05, 100, 40),
+    **{f"point-{modes}": (4, 2, 0.1, 100, 48) for modes in ("1m", "2m", "4m", "6m", "6m-far")},
+    **{f"reacher-{modes}": (7, 3, 0.02, 50, 48) for modes in ("1m", "2m", "4m", "6m", "6m-bug")},
+    **{f"ant-{modes}": (29, 8, 0.02, 250, 48) for modes in ("1m", "2m", "4m")},
 }
 IDS = list(SIZES)
-MODES = IDS[IDS.index("point-1m") :]
 RAND_PARAMS = ["hopper-params-4c", "walker-params-4c"]
 DIRECTIONS = ["cheetah-dir", "ant-dir", "walker-dir"]
 MIXED = {"ant-cheetah-dir": ("ant-dir", "cheetah-dir"), "ml2": ("cheetah-dir", "walker-dir")}
-MUJOCO_IDS = [i for i in IDS if not i.startswith("point")]
-HORIZONS = {"point-goal-sparse": 32, "cheetah-vel-sparse": 64}
+MUJOCO_IDS = [i for i in IDS if i in MIXED or issubclass(envs.ENVIRONMENTS[i], MujocoVectorEnv)]
 
 
 def make(env_id, n=4, **kwargs):
@@ -86,13 +84,11 @@ def actions(env, steps=20, seed=1):
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_sizes_and_check_env(env_id):
-    obs_dim, action_dim, dt = SIZES[env_id]
+    obs_dim, action_dim, *others = SIZES[env_id]
     env = make(env_id)
     assert env.single_observation_space.shape == (obs_dim,)
     assert env.single_action_space.shape == (action_dim,)
-    family = {"reacher": 50, "ant": 250} if env_id in MODES else {}
-    horizon = HORIZONS.get(env_id) or family.get(env_id.split("-")[0], 100)
-    assert (env.dt, env.horizon) == (dt, horizon)
+    assert [env.dt, env.horizon, env.num_test_tasks] == others
     check_env(gym.make(env_id).unwrapped, skip_render_check=True)
 
 
@@ -119,6 +115,26 @@ def test_renders():
     if "OpenGL works" not in result.stdout:
         pytest.skip("no OpenGL here for MuJoCo")
     assert result.returncode == 0, result.stderr
+
+
+def test_a_robot_without_a_tracking_camera_is_seen_by_the_free_one(monkeypatch):
+    env, seen = make("reacher-1m", 1), []
+
+    class Renderer:
+        def __init__(self, *_):
+            pass
+
+        def update_scene(self, data, camera):
+            seen.append(camera)
+
+        def render(self):
+            return np.zeros((480, 480, 3), np.uint8)
+
+    monkeypatch.setattr(mujoco, "Renderer", Renderer)
+    env.render()
+    env.model = mujoco.MjModel.from_xml_string("<mujoco/>")
+    env.render()
+    assert seen == [0, -1]
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -322,9 +338,14 @@ def test_clear_errors():
             gym.make_vec("point-goal-4c", horizon=horizon)
     with pytest.raises(TypeError, match="num_envs"):
         gym.make("point-goal-4c", num_envs=3)
+    with pytest.raises(ValueError, match="num_threads 0, got 1 and -3"):
+        gym.make_vec("point-goal-4c", num_threads=-3)
+    mixed = make("ml2")
+    before = mixed.tasks
     for robot in (2, 0.5, -1):
         with pytest.raises(ValueError, match="robot, 0 to 1"):
-            make("ml2").reset(options={"tasks": envs.Tasks(np.full((4, 2), robot), np.zeros(4, int))})
+            mixed.reset(options={"tasks": envs.Tasks(np.full((4, 2), robot), np.zeros(4, int))})
+    assert mixed.tasks == before and mixed.step(np.zeros((4, 6)))[1].any(), "what is refused changes nothing"
 
 
 # -- what Gymnasium expects --------------------------------------------------------------------------------------------
@@ -610,7 +631,6 @@ def test_task_sets_are_fixed_balanced_and_disjoint(env_id):
     b.reset(seed=123)
     train, test = a.task_set("train"), a.task_set("test")
     assert (len(train), len(test)) == (500, a.num_test_tasks)
-    assert a.num_test_tasks == (48 if env_id in MODES else 32 if IDS.index(env_id) < IDS.index("cheetah-dir") else 40)
     np.testing.assert_array_equal(train.params, b.task_set("train").params)
     np.testing.assert_array_equal(test.params, b.task_set("test").params)
     if env_id not in (*DIRECTIONS, *MIXED):  # there are not enough directions to keep some for tests

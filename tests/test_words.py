@@ -27,7 +27,7 @@ SHORT = {  # flags of a short run
     "cml": f"{GRADIENT} --pretrain 1",
     "fcml": f"{GRADIENT} --warmup 1",
     "mmaml": "--iterations 2 --tasks 12 --rollouts 2 --horizon 10",
-    "mmaml_regression": "--iterations 2 --tasks 30 --hidden 8 8 8 --lstm-hidden 4",
+    "mmaml_regression": "--iterations 2 --tasks 30 --hidden 8 8 8",
     "mmaml_classification": "--iterations 2 --tasks 3 --img-size 8 --channels 4 4 --embedding 4 --eval-episodes 2",
     "rmaml": "--iterations 2 --tasks 8 --rollouts 2 --horizon 10",
     "hom": "--iterations 2 --tasks 4 --rollouts 3 --horizon 10 --probe-iterations 1 --train-tasks 8",
