@@ -32,10 +32,10 @@ Deviations from the paper (P) or the official code (C)
       collects: here as C. The policies' rates are P's, and both begin at once (C: πψ one later). They see q(z), as C
       and Alg. 2 (Sec. 4.1: z); the target is copied every 50 iterations, as C (P: epochs).
   D11 C shows the policies the done flag, and states normalised without bounds, from the first PPO step on; here within
-      [-10, 10], from iteration 1 on, no flag: but for --keep-terminal V(s_H) would hang on a weight nothing trains.
+      [-10, 10], from iteration 1 on, no flag: unless --keep-terminal nothing trains its weight, on which V(s_H) hangs.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t: never s_0 nor s'_0; t is random.
-  D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here V learns alone.
+  D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here only V's loss counts.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.
@@ -349,7 +349,7 @@ def rollout(
     gumbel = [None] * horizon if test else Gumbel(0.0, 1.0).sample((horizon, n, args.clusters)).to(args.device)
     states, rewards = np.zeros((horizon + 1, n, obs.shape[1]), np.float32), np.zeros((horizon, n), np.float32)
     h_alpha, h_beta, q, belief = memory
-    states[0], acted, inferred = obs, [], [(q, belief)]
+    states[0], actions, samples, qs, beliefs = obs, [], [], [q], [belief]
     for t in range(horizon):
         pi, _ = policy(torch.from_numpy(states[t]).to(args.device), belief)
         sample = pi.mean + pi.stddev * noise[t]
@@ -359,9 +359,9 @@ def rollout(
         reward, state = (torch.from_numpy(x).to(args.device)[None] for x in (rewards[t], states[t + 1]))
         h_alpha, h_beta = (h[0] for h in encoder(action[None], reward, state, h_alpha, h_beta))
         q, belief = infer(encoder, h_alpha, h_beta, gumbel[t], args.temperature)
-        acted.append((action, sample))
-        inferred.append((q, belief))
-    actions, samples, qs, beliefs = (torch.stack(xs).cpu() for xs in (*zip(*acted), *zip(*inferred)))
+        for kept, x in zip((actions, samples, qs, beliefs), (action, sample, q, belief)):
+            kept.append(x)
+    actions, samples, qs, beliefs = (torch.stack(kept).cpu() for kept in (actions, samples, qs, beliefs))
     episode = Episode(torch.from_numpy(states), actions, samples, torch.from_numpy(rewards), qs, beliefs)
     return episode, (h_alpha, h_beta, q, belief)
 
@@ -429,10 +429,10 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
 
     # ELBO_t at random steps t of every trial (D13), by one sample of c and one of z each (App. A): [trial, term, ·]
     t = torch.randint(len(log_q), (len(obs), args.elbo_terms)).to(device)
-    trial = torch.arange(len(obs), device=device)[:, None]
+    row = torch.arange(len(obs), device=device)[:, None]
     gumbel = Gumbel(0.0, 1.0).sample((*t.shape, args.clusters)).to(device)
-    y = ((log_q[t, trial] + gumbel) / args.temperature).softmax(-1)
-    q_z = encoder.task(h_beta[t, trial], y)
+    y = ((log_q[t, row] + gumbel) / args.temperature).softmax(-1)
+    q_z = encoder.task(h_beta[t, row], y)
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
     # ln p_ω(τ+|z), Eq. (5), at args.decodes random steps of the trial (0: at all)
@@ -444,8 +444,8 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
 
     # The KLs of Eq. (4), p(c) uniform; L_I, Eq. (6), over consecutive steps; L_P, Eq. (7), over clusters (D3)
     kl_z = kl_divergence(q_z, prior(y)).sum(-1).mean()
-    kl_c = np.log(args.clusters) + (log_q.exp() * log_q).sum(-1)[t, trial].mean()
-    l_i = (log_q[:-1].exp() * (log_q[:-1] - log_q[1:])).sum(-1).mean(1).sum() / (trial_length - 1)
+    kl_c = np.log(args.clusters) + (log_q.exp() * log_q).sum(-1)[t, row].mean()
+    l_i = (log_q[:-1].exp() * (log_q[:-1] - log_q[1:])).sum((0, 2)).mean() / (trial_length - 1)  # over t and c; trials
     every_c = torch.eye(args.clusters, device=device)
     l_p = kl_divergence(prior(every_c), agent["target"](every_c)).sum(-1).mean()
 
@@ -506,7 +506,7 @@ def gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
 def ppo_update(
     policy: Policy, optimizer: torch.optim.Optimizer, episode: Episode, reward: Tensor, entropy_coef: float, args: Args
 ) -> dict[str, float]:
-    """PPO on one episode with the given rewards [T, env] -> its diagnostics, means over the minibatches."""
+    """PPO on an episode, or a whole trial, of rewards [T, env] -> its diagnostics, means over the minibatches."""
     obs, sample, belief, reward = (x.to(args.device) for x in (episode.obs, episode.sample, episode.belief, reward))
     with torch.no_grad():
         _, value = policy(obs, belief)  # [T+1, env], of the statistics that acted
@@ -520,8 +520,8 @@ def ppo_update(
     size, paid, diagnostics = reward.numel() // args.minibatches, bool(reward.min() < reward.max()), []  # D14
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
-            state, task, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
-            pi, value = policy(state, task)
+            state, b, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
+            pi, value = policy(state, b)
             log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # D6
             policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
@@ -568,9 +568,9 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
     mean, var = np.split(belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
     trace = obs[..., :-1][..., :2]  # without the done flag
     weights = torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy()
-    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=trace)
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=trace, action=action)
     arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var), embedding=mean[0, -1])
-    return {k: float(v) for k, v in metrics.items()}, arrays | dict(action=action, reward_weights=weights)
+    return {k: float(v) for k, v in metrics.items()}, arrays | dict(reward_weights=weights)
 
 
 # == Training ==========================================================================================================

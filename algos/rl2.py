@@ -228,9 +228,10 @@ class Policy(nn.Module):
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
-        belief_dim, width, self.squash_mean = args.belief_dim, args.policy_embed, args.squash == "mean"
-        self.embed = nn.Sequential(nn.Linear(belief_dim, width), nn.Tanh()) if width else nn.Identity()
-        input_dim = width if width else belief_dim
+        width = args.policy_embed
+        self.squash_mean = args.squash == "mean"
+        self.embed = nn.Sequential(nn.Linear(args.belief_dim, width), nn.Tanh()) if width else nn.Identity()
+        input_dim = width if width else args.belief_dim
         self.actor, self.critic = (mlp(input_dim, *args.policy_hidden, n, activation=nn.Tanh) for n in (action_dim, 1))
         self.log_std = nn.Parameter(torch.full((action_dim,), args.init_std).log())
         hidden_init = nn.init.orthogonal_ if args.policy_init == "orthogonal" else normc_
@@ -382,7 +383,8 @@ def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
 
 def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -> Tensor:
     """h before each step of the trials, Eq. (4), with the gradients of all steps before: [H+, env, hidden]."""
-    h, memory = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device), []
+    h = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device)
+    memory = []
     for episode in trial:
         h = encoder.first(episode.obs[0], h) if args.encode_first else h
         memory.append(torch.cat([h[None], encoder(episode.action, episode.reward, episode.obs[1:], h)]))  # [H+1, ...]
@@ -408,7 +410,8 @@ def ppo_update(
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         old = policy(whole.belief[:-1])[0].log_prob(whole.sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (whole.sample, old, value[:-1], returns, advantage)]
-    size, diagnostics = reward.numel() // args.minibatches, []
+    size = reward.numel() // args.minibatches
+    diagnostics = []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
             h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
@@ -496,9 +499,9 @@ def train(args: Args, run: "Run") -> None:
 
         # π and its memory maximise the return of the trial, Eq. (1) (D4)
         with run.timer("ppo"):
-            anneal = 1 - (iteration - 1) / iterations if args.anneal else 1.0
+            left = 1 - (iteration - 1) / iterations  # of the run
             for name, rate in rates.items():
-                adam[name].param_groups[0]["lr"] = anneal * rate
+                adam[name].param_groups[0]["lr"] = rate * (left if args.anneal else 1)
             losses = ppo_update(agent, adam, trial, rewards, args)
         returns = {f"train/return_episode_{k}": e.reward.sum(0).mean().item() for k, e in enumerate(trial, start=1)}
         run.log(returns | {f"policy/{key}": value for key, value in losses.items()})

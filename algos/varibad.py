@@ -109,7 +109,7 @@ class Args:
     kl_weight: float = 1.0  # weight of the KL in Eq. (6) (D1)
     elbo_terms: int = 0  # number of steps t of a trial at which ELBO_t is taken, at random (0: all)
     decodes: int = 0  # number of transitions decoded per ELBO term, at random (0: the whole trial; D9)
-    truncate: int = 0  # number of steps through which the encoder's gradient goes back (0: the whole trial)
+    truncate: int = 0  # length of the pieces of a trial between which the encoder's gradient stops (0: nowhere)
     vae_batch: int = 10  # number of trials per ELBO update
     vae_updates: int = 5  # number of ELBO updates per meta-iteration
     lr_vae: float = 1e-3  # learning rate of φ and θ
@@ -181,7 +181,8 @@ MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_e
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     batch = 2 * args.horizon * args.num_envs  # steps of a trial in all environments
-    same_length, most = env.terminated is envs.TaskVectorEnv.terminated, min(500, args.buffer_trials)
+    same_length = env.terminated is envs.TaskVectorEnv.terminated
+    most = min(500, args.buffer_trials)
     return {
         f"{args.env} may end an episode early, and this algorithm needs episodes of equal length": same_length,
         f"--frames must be at least {2 * batch} (the first meta-iteration only collects)": args.frames >= 2 * batch,
@@ -438,8 +439,8 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     # ELBO_t at all or at random steps t of every trial, by one sample of z each: [trial, term, ·]
     all_t = torch.arange(len(belief)).expand(len(obs), -1)
     t = (torch.randint(len(belief), (len(obs), args.elbo_terms)) if args.elbo_terms else all_t).to(device)
-    trial = torch.arange(len(obs), device=device)[:, None]
-    q_z = encoder.task(belief[t, trial])
+    row = torch.arange(len(obs), device=device)[:, None]
+    q_z = encoder.task(belief[t, row])
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
     # ln p_θ(τ+|z), Eq. (5)
@@ -450,7 +451,7 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
         state_error = agent["state_decoder"].error(z, obs, action, next_obs, steps)
 
     # Eq. (4): sums over the terms and over the decoded steps of each, means over trials and state dimensions
-    kl_z = kl_z[t, trial].mean()
+    kl_z = kl_z[t, row].mean()
     decodes = args.decodes or trial_length  # D9
     loss = t.shape[1] * (decodes * (reward_error + args.lambda_s * state_error) + args.kl_weight * kl_z)  # D1
     return dict(loss=loss, reward_error=reward_error, state_error=state_error, kl_z=kl_z)
@@ -511,11 +512,12 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
         policy.observe(obs[:-1], belief[:-1])
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
-    size, diagnostics = reward.numel() // args.minibatches, []
+    size = reward.numel() // args.minibatches
+    diagnostics = []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
-            state, task, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
-            pi, value = policy(state, task)
+            state, b, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
+            pi, value = policy(state, b)
             log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # ρ of Eq. (2)
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
@@ -600,7 +602,7 @@ def train(args: Args, run: "Run") -> None:
             buffer.add(first, second)  # at once (D4)
 
         # π is paid by normalised rewards (D8)
-        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(first, second)))  # as one, of H+ steps
+        trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(first, second)))  # s'_0 for s_H
         rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
         if iteration == 1:  # D4
             agent["policy"].observe(trial.obs[:-1].to(args.device), trial.belief[:-1].to(args.device))
