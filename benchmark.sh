@@ -264,7 +264,7 @@ campaigns() {
   run point-goal-4c__milet__{0,1,2}__std --init-std 0.5
   figure point-goal-4c
 
-  campaign speed '50 minutes' 'physics limits, and the share that the scripts reach, into results/speed.csv (all cores)'
+  campaign speed '50 minutes' 'physics limits, and the share that the scripts reach, into runs/speed.csv (all cores)'
   after speed python results/speed.py
 }
 

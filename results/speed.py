@@ -1,4 +1,4 @@
-"""Speed on the machine at hand, into results/speed.csv: `./benchmark.sh speed`.
+"""Speed on the machine at hand, into runs/speed.csv: `./benchmark.sh speed`.
 
     python results/speed.py                      all rows, 50 minutes
     python results/speed.py WORD ... --out FILE  only those that have one of the words in their name
@@ -134,7 +134,7 @@ def maml_sampling(rounds: int = 12) -> tuple[float, float]:
 @dataclass
 class Options:
     words: tyro.conf.Positional[tuple[str, ...]] = ()  # parts of the names of the wanted rows (none: all)
-    out: Path = ROOT / "results" / "speed.csv"  # written anew
+    out: Path = ROOT / "runs" / "speed.csv"  # written anew; ours are in results/
 
 
 def main(options: Options) -> None:
@@ -233,6 +233,7 @@ def main(options: Options) -> None:
 
     if not table:
         raise SystemExit(f"speed.py: error: no row has one of these words: {' '.join(options.words)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
         file.write(f"# {os.cpu_count()} CPUs, {time.strftime('%Y-%m-%d')}\n")
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -1,11 +1,15 @@
 """results/table.py: the last evaluations, against means and deviations by hand."""
 
+import importlib
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from pydantic import TypeAdapter
 from test_plot import make_run
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -65,6 +69,19 @@ def test_what_cannot_stand_in_one_table(tmp_path):
 def test_wrong_input_gets_one_line(runs, message):
     done = subprocess.run([sys.executable, ROOT / "results" / "table.py", *runs], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+OLDER = "precollect", "latent_dim", "normalise_latent"  # arguments of runs whose scripts were other ones then
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*/args.json")), ids=lambda path: path.parent.name)
+def test_stored_runs_fit_their_scripts(path):
+    """So that a new run is a further seed of them."""
+    args = json.loads(path.read_text())
+    if not set(OLDER) & args.keys():
+        script = importlib.import_module(args.pop("script"))
+        TypeAdapter(script.Args).validate_python(args, strict=False)
+        assert args.keys() == asdict(script.Args()).keys() and args["preset"] in ("paper", "fast", None)
 
 
 def test_accuracies_have_three_digits_and_the_toy_no_table(tmp_path, capsys):
