@@ -264,6 +264,38 @@ campaigns() {
   run point-goal-4c__milet__{0,1,2}__std --init-std 0.5
   figure point-goal-4c
 
+  campaign figures '2 minutes' 'the learning curves of the pages, from the stored CSVs'
+  figure point_all results/{milet,rl2,varibad,pearl}/point-goal-4c__*__{0,1,2}
+  figure ant_all results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__* results/rl2/ant-goal-4c__rl2__0__stopped
+  figure walker_all results/{milet,varibad}/walker-params-4c__*__0__fast results/varibad/walker-params-4c__varibad__0__oracle \
+    results/rl2/walker-params-4c__rl2__0
+  figure hopper_all results/{milet,varibad,rl2}/hopper-params-4c__*__0
+  figure cheetah_all results/{varibad,rl2,pearl}/cheetah-dir__*__0
+  figure sparse_all results/{rl2,varibad,milet,metacure,pearl}/point-goal-sparse__*__{0,1,2}
+  figure milet_point_curve results/milet/point-goal-4c__milet__{0,1,2}
+  figure milet_ant_curve results/milet/ant-goal-4c__milet__{0,1,2}__fast
+  figure milet_humanoid_curve results/milet/humanoid-dir-4c__milet__0
+  figure cml_mixed_curve results/cml/ant-cheetah-dir__cml__{0__half,1__half,0__half-task-specific} \
+    results/fcml/ant-cheetah-dir__fcml__0__half results/maml/ant-cheetah-dir__maml__0{,__oracle}
+  figure cml_point_curve results/maml/point-goal-4c__maml__{0,1,2}__small{,-oracle} results/{cml,hom,promp}/point-goal-4c__*
+  figure maml_mixed_curve results/maml/ant-cheetah-dir__maml__0{,__oracle}
+  figure maml_cheetah_curve results/maml/cheetah-dir__maml__{0,1,1__ratio}
+  figure maml_ant_curve results/maml/ant-dir__maml__0
+  figure maml_vel_curve results/maml/cheetah-vel__maml__0
+  figure maml_inner_loss results/maml/cheetah-dir__maml__0__from-70-{control,damping,ratio}
+  figure promp_cheetah_curve results/promp/cheetah-dir__promp__{0,1} results/maml/cheetah-dir__maml__{0,1}
+  figure rmaml_curve results/rmaml/cheetah-vel-noise__rmaml__{0,1}__quarter{,-alpha,-buffer} \
+    results/maml/cheetah-vel-noise__maml__{0,1}__quarter
+  figure mmaml_point_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-multi \
+    results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-promp-{1,lr-0.1}
+  figure mmaml_point4_curve results/mmaml/point-4m__mmaml__0__quarter{,-promp,-multi}
+  figure mmaml_regression_errors \
+    results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped-stopped,-lstm}
+  figure mmaml_drawn_accuracy results/mmaml_classification/drawn-3m__*
+  figure metacure_point_curve results/metacure/point-goal-sparse__metacure__{0,1,2}
+  figure pearl_point_curve results/pearl/point-goal-4c__pearl__{0,1,2,0__100-tasks}
+  figure pearl_cheetah_curve results/pearl/cheetah-dir__pearl__0
+
   campaign speed '50 minutes' 'physics limits, and the share that the scripts reach, into runs/speed.csv (all cores)'
   after speed python results/speed.py
 }

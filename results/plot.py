@@ -262,7 +262,8 @@ def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[M
         if len(set(seeds)) < len(seeds):
             raise Unusable(f"two runs of {label} have the same seed: is one a copy, or of older code?")
         colour, n = np.array(to_rgb(colours[algorithm(args)])), next(shade[algorithm(args)])
-        colour = colour if n == 0 else colour * 0.7**n if n % 2 else 1 - (1 - colour) * 0.7**n  # darker, lighter, ...
+        much = 0.7 ** min(n, 2)  # more would be black or white
+        colour = colour if n == 0 else colour * much if n % 2 else 1 - (1 - colour) * much  # darker, lighter, ...
         label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})".replace("$", r"\$")
         line = ("-", "--", "-.", ":")[n % 4]
         result.append(Method(label, args, tuple(colour), line, [table for _, table in runs]))

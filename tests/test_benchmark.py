@@ -169,6 +169,17 @@ def test_help_starts_nothing(house):
         assert result.returncode == 0 and "CAMPAIGN" in result.stdout and not (house / "runs").exists()
 
 
+def test_figures_are_those_of_the_pages_and_of_stored_runs():
+    commands = subprocess.run([ROOT / "benchmark.sh", "figures", "-n"], capture_output=True, text=True).stdout
+    for command in commands.splitlines():
+        *runs, option, out = command.split()[2:]
+        assert option == "--out" and (ROOT / "results" / "figures" / f"{Path(out).name}.png").is_file()
+        assert runs and all((ROOT / run / "eval.csv").is_file() for run in runs), command
+    drawn = [Path(command.split()[-1]).name for command in commands.splitlines()]
+    curves = [path.stem for path in (ROOT / "results" / "figures").glob("*.png")]
+    assert {name for name in curves if name.endswith(("_curve", "_all"))} <= set(drawn)
+
+
 def test_speed_measures_the_named_rows_alone(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "results")
     speed = importlib.import_module("speed")
