@@ -422,11 +422,18 @@ def meta_step(
         before, after = (squared_error(predict(thetas[k], own_query.x, tau, args)[0], own_query.y) for k in (0, -1))
         after.mean().backward()  # Eq. (5)
         errors[:, mine] = torch.stack([before, after]).detach()
-    groups = {f"theta_{m}": net for m, net in enumerate(agent["theta"])}
-    groups |= {"omega": agent["omega"]} if "omega" in agent else {}
-    norms = {k: nn.utils.clip_grad_norm_(part.parameters(), args.outer_clip) for k, part in groups.items()}
+    norms = clip_gradients(agent, args)
     adam.step()
-    return errors, {f"adam/gradient_{k}": norm.item() for k, norm in norms.items()}
+    return errors, norms
+
+
+def clip_gradients(agent: nn.ModuleDict, args: Args) -> dict[str, float]:
+    """Clip the meta-gradients of every learner and of ω by their norms (D4) -> what these were."""
+    groups = {f"theta_{m}": net for m, net in enumerate(agent["theta"])}
+    if "omega" in agent:
+        groups["omega"] = agent["omega"]
+    norms = {k: nn.utils.clip_grad_norm_(part.parameters(), args.outer_clip) for k, part in groups.items()}
+    return {f"adam/gradient_{k}": norm.item() for k, norm in norms.items()}
 
 
 # == Evaluation ========================================================================================================
