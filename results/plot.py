@@ -192,15 +192,20 @@ def read_arrays(path: Path, env: envs.TaskVectorEnv | None) -> dict[str, np.ndar
         if missing := sorted(needed - data.keys()):
             raise ValueError(f"it has no {', '.join(missing)}")
         for name, array in data.items():
-            shape = SHAPES.get(name, array.shape)
-            known = [sizes.setdefault(size, n) for size, n in zip(shape, array.shape)]
-            if len(shape) != array.ndim or list(array.shape) != known or 0 in known:
-                raise ValueError(f"{name} has shape {list(array.shape)}, not [{', '.join(map(str, shape))}] = {known}")
+            if name in SHAPES:
+                check_shape(name, list(array.shape), SHAPES[name], sizes)
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not made of finite numbers")
         if not np.isin(data["cluster"], range(clusters)).all():
             raise ValueError(f"cluster holds other numbers than 0 to {clusters - 1}")
     return data | {"cluster": data["cluster"].astype(int)}
+
+
+def check_shape(name: str, shape: list[int], axes: tuple[str, ...], sizes: dict[str, int]) -> None:
+    """Axes of one name have one size in all arrays; sizes is given those that are new."""
+    known = [sizes.setdefault(axis, n) for axis, n in zip(axes, shape)]
+    if len(axes) != len(shape) or shape != known or 0 in known:
+        raise ValueError(f"{name} has shape {shape}, not [{', '.join(axes)}] = {known}")
 
 
 # == Learning curves ===================================================================================================
@@ -348,9 +353,9 @@ def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchor
         row_axes[0].set_ylim(shown.min() - margin, shown.max() + margin)
         row_axes[0].set_ylabel("return on held-out tasks")
         for axis, (title, columns) in zip(row_axes, row.items()):
-            usual = max(columns, key=columns.count)
+            usual, all_differ = max(columns, key=columns.count), len(set(columns)) == len(columns) > 1
             for method, column in zip(compared, columns):
-                draw_method(axis, method, column, column != usual or len(set(columns)) == len(columns) > 1, x)
+                draw_method(axis, method, column, named=all_differ or column != usual, x=x)
             for action, level in levels.items():
                 name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
                 label = f"{name}: {round(level)}" if len(rows) == 1 else name  # every row has its own level
@@ -495,24 +500,34 @@ def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     save(figure, path)
 
 
+def planes(points: np.ndarray, perplexity: int = 30) -> dict[str, np.ndarray]:
+    """Points [n, dim] in the plane, by PCA and by t-SNE, [n, 2]."""
+    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
+    methods = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(perplexity, len(points) - 1), random_state=0)}
+    return {name: method.fit_transform(points) for name, method in methods.items()}
+
+
+def draw_points(
+    axis: plt.Axes, plane: np.ndarray, colour: np.ndarray, shape: np.ndarray, size: int = 16, names: list | None = None
+) -> None:
+    """Points [n, 2], whose colour is one cluster and whose shape another, [n] each; names: of the shapes."""
+    for kind in np.unique(shape):
+        mine = shape == kind
+        style = dict(marker="os^Dv<>"[kind % 7], s=size, alpha=0.8, label=names and names[kind])
+        axis.scatter(*plane[mine].T, c=[CLUSTER_COLOURS[c % 10] for c in colour[mine]], **style)
+
+
 def embedding(env: str, data: dict[str, np.ndarray], path: Path, names: list[str] | None = None) -> None:
     """PCA and t-SNE of what the method knows of each task after the first episode (PEARL: after the last).
 
     Colour inferred, shape true cluster. Where no clusters are inferred, the colour is the true cluster too.
     """
     points = data["embedding"]  # [task, dim]
-    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
     colours, which = shown_cluster(data)
     many = len(points) > 100
-    perplexity = min(30 if many else 10, len(points) - 1)
-    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=perplexity, random_state=0)}
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-    for axis, (name, method) in zip(axes, maps.items()):
-        plane = method.fit_transform(points)
-        for true in np.unique(data["cluster"]):
-            mine = data["cluster"] == true
-            style = dict(marker="os^Dv<>"[true % 7], s=6 if many else 36, alpha=0.8, label=names and names[true])
-            axis.scatter(*plane[mine].T, c=[CLUSTER_COLOURS[c % 10] for c in colours[mine]], **style)
+    for axis, (name, plane) in zip(axes, planes(points, 30 if many else 10).items()):
+        draw_points(axis, plane, colours, data["cluster"], size=6 if many else 36, names=names)
         axis.set_title(f"{name} of the task embeddings")
     if names:
         legend_below(figure, axes[0], columns=5)
@@ -538,11 +553,9 @@ def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     values, vectors = np.linalg.eigh(data["train_products"].astype(float))
     points = vectors * np.sqrt(values.clip(0))  # the embeddings, but for a rotation
     member, true = data["train_learner"].astype(int), data["train_cluster"].astype(int)
-    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(30, len(points) - 1), random_state=0)}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    for axis, (name, method) in zip(axes, maps.items()):
-        for (x, y), m, c in zip(method.fit_transform(points), member, true):
-            axis.plot(x, y, "os^Dv<>"[c % 7], color=CLUSTER_COLOURS[(m - 1) % 10], markersize=4, alpha=0.7)
+    for axis, (name, plane) in zip(axes, planes(points).items()):
+        draw_points(axis, plane, member - 1, true)
         axis.set_title(f"{name} of {len(points)} embeddings")
     clusters = range(2, min(7, len(points)))
     scores = [silhouette_score(points, AgglomerativeClustering(k).fit_predict(points)) for k in clusters]
@@ -557,13 +570,11 @@ def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
 def herd_embeddings(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """Herd's Fig. 3 and 4: PCA and t-SNE of SoP's points by each embedding; colour Ward's cluster, shape true one."""
     true, k = data["train_cluster"].astype(int), int(data["train_learner"].max())
-    maps = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(30, len(true) - 1), random_state=0)}
     figure, axes = plt.subplots(2, len(data["train_points"]), figsize=(13, 6.4), squeeze=False)
     for column, name, points in zip(axes.T, HERD_EMBEDDINGS, data["train_points"]):
         found = AgglomerativeClustering(k).fit_predict(points)
-        for axis, (kind, method) in zip(column, maps.items()):
-            for (x, y), m, c in zip(method.fit_transform(points), found, true):
-                axis.plot(x, y, "os^Dv<>"[c % 7], color=CLUSTER_COLOURS[m % 10], markersize=4, alpha=0.7)
+        for axis, (kind, plane) in zip(column, planes(points).items()):
+            draw_points(axis, plane, found, true)
             axis.set_title(f"{kind}, {name}, ARI {adjusted_rand_score(true, found):.2f}")
     figure.suptitle(f"{env}: colour cluster, shape true cluster")
     save(figure, path)
@@ -728,7 +739,7 @@ def draw(options: Options) -> None:
     if not options.runs:
         raise Unusable("no run folder given, see --help")
     settings = [read_args(run) for run in options.runs]
-    run, name, data = options.runs[0], settings[0]["env"], {}
+    run, data = options.runs[0], {}
     out = options.out or run / "figures"
     origins = {origin(args) for args in settings}
     if "rmaml_reaching" in origins:  # the toy has no environment to look at
@@ -751,25 +762,32 @@ def draw(options: Options) -> None:
         if is_supervised:
             return supervised(settings, tables, data, out, options.x)
         learning_curves(env, settings, tables, out, options.x)
-        if env.task_is == "goal" and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
-            cluster_map(name, data, out / "cluster_map.png")
-        if "cluster_belief" in data:
-            cluster_belief(name, data, tables[0], out / "belief.png")
-        elif "belief_mean" in data:
-            task_belief(name, data, out / "belief.png")
-        if "embedding" in data and len(data["embedding"]) > 2:
-            embedding(name, data, out / "embedding.png")
-        if "train_products" in data and data["train_learner"].any():
-            herd(name, data, out / "herd.png")
-            if "train_points" in data:
-                herd_embeddings(name, data, out / "embeddings.png")
-        if env.task_is == "velocity" and "returns" in data:
-            return_by_velocity(name, data, out / "return_by_velocity.png")
-        if len(options.runs) == 1 and origins == {"rmaml"} and (run / "metrics.csv").exists():
-            table = read_csv(run / "metrics.csv", re.compile(r"policy/alpha_layer_\d+"))
-            learned_rates(name, settings[0]["rates"], table, out / "learned_rates.png")
-        if "reward_weights" in data:
-            reward_weights(data, out / "reward_weights.png")
+        if len(settings) == 1:
+            figures_of_a_run(env, settings[0], run, data, tables[0], out)
+
+
+def figures_of_a_run(env: envs.TaskVectorEnv, args: dict, run: Path, data: dict, table: dict, out: Path) -> None:
+    """Those for which data, of eval.npz, and metrics.csv have what they need."""
+    name = args["env"]
+    if env.task_is == "goal" and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
+        cluster_map(name, data, out / "cluster_map.png")
+    if "cluster_belief" in data:
+        cluster_belief(name, data, table, out / "belief.png")
+    elif "belief_mean" in data:
+        task_belief(name, data, out / "belief.png")
+    if "embedding" in data and len(data["embedding"]) > 2:
+        embedding(name, data, out / "embedding.png")
+    if "train_products" in data and data["train_learner"].any():
+        herd(name, data, out / "herd.png")
+        if "train_points" in data:
+            herd_embeddings(name, data, out / "embeddings.png")
+    if env.task_is == "velocity" and "returns" in data:
+        return_by_velocity(name, data, out / "return_by_velocity.png")
+    if origin(args) == "rmaml" and (run / "metrics.csv").exists():
+        training = read_csv(run / "metrics.csv", re.compile(r"policy/alpha_layer_\d+"))
+        learned_rates(name, args["rates"], training, out / "learned_rates.png")
+    if "reward_weights" in data:
+        reward_weights(data, out / "reward_weights.png")
 
 
 def main(options: Options) -> None:

@@ -525,11 +525,12 @@ def test_the_herd_is_drawn_from_inner_products(tmp_path, drawn):
     pca, tsne, silhouette = drawn["herd.png"].axes
     scores, chosen = silhouette.get_lines()
     assert scores.get_xdata()[scores.get_ydata().argmax()] == 3 == chosen.get_xdata()[0]
-    drawn_points = np.array([line.get_xydata()[0] for line in pca.get_lines()])
-    assert len(drawn_points) == len(tsne.get_lines()) == 30
-    centres = np.stack([drawn_points[true == c].mean(0) for c in range(3)])
+    shapes = pca.collections  # a true cluster each
+    assert [len(points.get_offsets()) for points in (*shapes, *tsne.collections)] == 6 * [10]
+    centres = np.stack([points.get_offsets().mean(0) for points in shapes])
     assert np.linalg.norm(centres[:, None] - centres, axis=-1)[np.triu_indices(3, 1)].min() > 1, "a rotation, no more"
-    assert [line.get_color() for line in pca.get_lines()[::10]] == [plot.CLUSTER_COLOURS[c] for c in range(3)]
+    colours = np.stack([points.get_facecolors()[:, :3] for points in shapes])  # [cluster, point, rgb]
+    np.testing.assert_allclose(colours, np.array(plot.CLUSTER_COLOURS[:3])[:, None].repeat(10, axis=1))
     drawn.clear()
     data["train_learner"][:] = 0  # still the probe's
     plot.main(plot.Options([make_run(tmp_path / "probe", "hom", kind="step", ks=(0, 1), data=data)]))
@@ -546,8 +547,8 @@ def test_the_herd_is_drawn_by_every_embedding(tmp_path, drawn):
     pca, tsne = np.reshape(drawn["embeddings.png"].axes, (2, 4))
     scores = [float(axis.get_title().split()[-1]) for axis in pca]
     assert scores[2] == 1 > 0.5 > max(scores[:2] + scores[3:]) and "latent" in tsne[2].get_title()
-    colours = [line.get_color() for line in tsne[2].get_lines()]
-    assert len(colours) == 30 and len(set(colours[:15])) == 1 and len(set(colours)) == 2
+    colours = [{tuple(rgb) for rgb in points.get_facecolors()} for points in tsne[2].collections]
+    assert [len(of_shape) for of_shape in colours] == [1, 1] and colours[0] != colours[1]
 
 
 # -- MMAML's regression and classification -----------------------------------------------------------------------------
