@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reruns what the documentation reports.
+# Reruns what the documentation reports. For Linux: setsid, flock, Bash 4.
 #   ./benchmark.sh                        the list of campaigns
 #   ./benchmark.sh CAMPAIGN [-j N]        its runs, N at a time (default 1), then its figures, all in runs/CAMPAIGN/
 #   ./benchmark.sh CAMPAIGN -n            only the commands

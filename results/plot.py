@@ -244,14 +244,23 @@ def family(args: dict) -> str:
 
 
 def method_name(args: dict, settings: list[dict]) -> str:
-    """Its family, and the arguments in which others of this family differ; a run of an older script may lack some."""
-    others = [other for other in settings if family(other) == family(args)]
+    """Its family, and the arguments in which its methods differ, but for values that more than half of them have.
+
+    A run of an older script may lack some.
+    """
+    others = [without(other, NOT_THE_METHOD) for other in settings if family(other) == family(args)]
+    others = [other for n, other in enumerate(others) if other not in others[:n]]  # one of every method
     parts = [family(args)]
     for key in dict.fromkeys(itertools.chain(*others)):
         value, words = args.get(key, "unknown"), key.replace("_", " ")
-        if key not in NOT_THE_METHOD and any(value != other.get(key, "unknown") for other in others):
+        like = sum(value == other.get(key, "unknown") for other in others)
+        if like <= len(others) / 2:
             parts.append(words if value is True else f"no {words}" if value is False else f"{words} {value}")
     return ", ".join(parts)
+
+
+def without(args: dict, names: set[str]) -> dict:
+    return {key: value for key, value in args.items() if key not in names}
 
 
 def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:

@@ -271,6 +271,8 @@ def test_a_copy_of_a_script_is_known_by_an_argument(argument, script):
         ("promp", [dict(oracle=True, lr=x) for x in (1, 2)], ["Multi-ProMP, lr 1", "Multi-ProMP, lr 2"]),
         ("rl2", [dict(), dict(oracle=True), dict(lr=8)], ["RL², lr unknown", "RL², oracle", "RL², lr 8"]),
         ("mine", [dict()], ["mine"]),
+        ("milet", [dict(r_h=True, clusters=4, seed=s) for s in (0, 1)] + [dict(r_h=False, clusters=4, seed=0),
+         dict(r_h=True, clusters=2, seed=0)], ["MILET", "MILET", "MILET, no r h", "MILET, clusters 2"]),
     ],
     ids=str,
 )  # fmt: skip
