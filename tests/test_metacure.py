@@ -670,3 +670,89 @@ def test_wrong_input_gets_one_line(flags, message):
         metacure.parse_args(flags)
     assert str(caught.value).startswith("metacure.py: error: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ==== proposed
+
+
+NUMBERS = dict(kl_weight=3.0, reward_scale=1.0, gamma=0.5, tau=0.5, lr=1e-2, policy_regularisation=1.0)
+NUMBERS |= dict(intrinsic_weight=2.0, kl_as_code=True, dynamics=True)
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_every_number_of_a_gradient_step_has_an_effect(flag):
+    def trained(**flags):
+        learner = make_learner(**flags)
+        for i in range(2):
+            metacure.gradient_step(learner, generator(i))
+        return torch.cat([p.detach().flatten() for p in learner.agent.parameters()])
+
+    before, after = trained(), trained(**{flag: NUMBERS[flag]})
+    assert before.shape != after.shape or not torch.equal(before, after)
+
+
+def test_every_block_has_its_own_number_of_steps(monkeypatch):
+    flags = dict(horizon=5, visits=2, trials=1, prior_steps=5, posterior_steps=15)
+    learner = real_learner(envs.ENVIRONMENTS["point-goal-sparse"], 3, **flags)
+    played, contexts = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "draw_contexts")
+    metacure.collect_iteration(learner, generator())
+    assert (len(played), len(contexts)) == (1 + 1 + 3, 2), "a trial, a prior block, and one informed but at first"
+
+
+def test_a_visit_plays_in_its_own_task(monkeypatch):
+    learner = real_learner(envs.ENVIRONMENTS["point-goal-sparse"], 6, horizon=5)
+    played, visits, rng = spy_on(monkeypatch, "rollout"), torch.tensor([4, 1, 4]), generator()
+    metacure.collect_trials(learner, visits, 2, rng)
+    metacure.collect(learner, visits, 5, False, rng)
+    for ((_, tasks, *_), _), wanted in zip(played, ([4, 4, 1, 1, 4, 4], [4, 1, 4]), strict=True):
+        np.testing.assert_array_equal(tasks.params, learner.tasks.params[wanted])
+    assert [len(rows) for rows in learner.trials.rows] == [0, 2, 0, 0, 4, 0]
+    assert [len(rows) for rows in learner.rl.rows] == [0, 15, 0, 0, 30, 0]
+
+
+def test_a_run_begins_in_every_task_once_and_is_tested_in_held_out_ones(monkeypatch, tmp_path):
+    blocks, evaluated = [], spy_on(monkeypatch, "evaluate")
+    collect_trials, collect = metacure.collect_trials, metacure.collect
+
+    def watch_trials(learner, tasks, n, rng):
+        blocks.append(("collect_trials", len(tasks), n))
+        return collect_trials(learner, tasks, n, rng)
+
+    def watch(learner, tasks, n, infer, rng):
+        blocks.append(("collect", len(tasks), n, infer))
+        return collect(learner, tasks, n, infer, rng)
+
+    monkeypatch.setattr(metacure, "collect_trials", watch_trials)
+    monkeypatch.setattr(metacure, "collect", watch)
+    flags = dict(horizon=5, explorer_episodes=2, train_tasks=3, initial_trials=3, initial_steps=15, visits=2, trials=1)
+    flags |= dict(prior_steps=10, posterior_steps=20, hidden=(7,), encoder_hidden=(6,), id_hidden=(5,), batch=5)
+    flags |= dict(meta_batch=4, gradient_steps=2, iterations=2, eval_every=1)
+    run = train(metacure, env="point-goal-4c", run_dir=str(tmp_path), **flags)
+    visit = [("collect_trials", 2, 1), ("collect", 2, 10, False), ("collect", 2, 20, True)]
+    assert blocks == [("collect_trials", 3, 3), ("collect", 3, 15, False), *visit, *visit]
+    rows = (run / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("charts/frames")
+    first, each = 3 * (3 * 2 * 5 + 15), 2 * (2 * 5 + 10 + 20)
+    assert [int(row.split(",")[column]) for row in rows[1:]] == [first + each, first + 2 * each]
+    held_out = gym.make_vec("point-goal-4c").unwrapped.task_set("test").params
+    assert len(evaluated) == 3
+    for (_, tasks, *_), _ in evaluated:
+        np.testing.assert_array_equal(tasks.params, held_out)
+
+
+def test_the_encoder_by_hand():
+    """Layers that read each token, a ReLU after the last of them too, then the GRU (or SNAIL) and its head (D11)."""
+    torch.manual_seed(0)
+    net, context = metacure.Encoder(TOKEN, small_args(encoder_hidden=(50, 40))), torch.randn(3, 9, TOKEN)
+    h, _ = net.recall(net.read.nets[0](context).relu())
+    torch.testing.assert_close(net(context), net.head.nets[0](h))
+    for p in net.read.nets[0][-1].parameters():
+        assert 0.8 / 40**0.5 < p.abs().max() <= 1 / 40**0.5
+
+
+def test_another_seed_is_another_evaluation():
+    torch.manual_seed(0)
+    env, agent = gym.make_vec("point-goal-4c", num_envs=4, horizon=5), metacure.make_agent(2, 2, small_args())
+    tasks = env.unwrapped.task_set("test")[:4]
+    seeds = [metacure.evaluate(env, tasks, agent, small_args(horizon=5, seed=k))[1]["seed"] for k in (0, 1)]
+    assert not np.array_equal(*seeds)

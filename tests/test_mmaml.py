@@ -437,3 +437,77 @@ def test_every_rule_has_a_case():
     assert len({message for _, message in RULES}) == len(mmaml.check(mmaml.Args(), envs.ENVIRONMENTS["point-2m"]))
     mmaml.parse_args(f"{NONE} --oracle --tasks 4 --eta 0 --inner-steps 0 --hidden".split())
     mmaml.parse_args("--encoder-official-bug --horizon 5 --modulate-first-step".split())
+
+
+# ==== proposed
+
+
+def test_rates_and_weights_start_where_the_flags_say():
+    args = small_args(alpha=0.3, eta=2.0, inner_steps=3)
+    policy = mmaml.GaussianPolicy(3, 2, args)
+    agent = mmaml.make_agent(policy, 2, torch.Generator().manual_seed(0), args)
+    assert torch.equal(agent["alpha"], torch.full((2, sum(policy.sizes)), 0.3))
+    assert torch.equal(agent["eta"], torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize("target, factor", [(1e-12, 2.0), (1e6, 0.5)])
+def test_eta_doubles_or_halves_by_the_target_that_is_asked_for(target, factor):
+    args = small_args(adapt_eta=True, kl_target=target, lr=0.01)
+    policy, agent, optimizer = make_agent(args)
+    before = agent["eta"].detach().clone()
+    mmaml.promp_update(policy, agent, optimizer, np.zeros(5, int), make_data(policy, agent, 5, args), args)
+    torch.testing.assert_close(agent["eta"].detach(), factor * before)
+
+
+@pytest.mark.parametrize("train_alpha", [False, True])
+def test_evaluation_takes_steps_seed_and_rate_from_the_flags(train_alpha):
+    """The rate is the flag's, or the trained one."""
+    torch.set_default_dtype(torch.float32)
+    flags = dict(train_alpha=train_alpha, rollouts=2)
+    args = small_args(**flags)
+    env = gym.make_vec("point-2m", num_envs=8, horizon=args.horizon)
+    tasks, policy = env.unwrapped.task_set("test")[:4], mmaml.GaussianPolicy(4, 2, args)
+    agent = mmaml.make_agent(policy, 1, torch.Generator().manual_seed(0), args)
+    agent["alpha"].data.fill_(0.25)
+    found = [
+        mmaml.evaluate(env, tasks, policy, agent, small_args(**flags, eval_steps=steps, alpha=0.7, seed=seed))[1]
+        for steps, seed in ((4, 0), (1, 0), (1, 1))
+    ]
+    assert [len(arrays["returns"]) for arrays in found] == [5, 2, 2]
+    assert found[0]["alpha"] == pytest.approx(0.25 if train_alpha else 0.7)
+    np.testing.assert_allclose(found[0]["returns"][0], found[1]["returns"][0])
+    assert not np.allclose(found[1]["returns"][0], found[2]["returns"][0])
+
+
+def test_a_run_trains_all_of_theta_and_omega(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    moved, update = [], mmaml.promp_update
+
+    def watch(policy, agent, *rest):
+        before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+        stats = update(policy, agent, *rest)
+        moved.append({name for name, p in agent.named_parameters() if not torch.equal(p, before[name])})
+        names.update(before)
+        return stats
+
+    names = set()
+    monkeypatch.setattr(mmaml, "promp_update", watch)
+    flags = dict(env="point-2m", tasks=4, rollouts=2, horizon=6, iterations=2, hidden=(5, 5), encoder_width=6)
+    train(mmaml, run_dir=str(tmp_path), **flags)
+    assert moved == [names - {"alpha", "eta"}] * 2 and "encoder.generator.weight" in names
+
+
+def test_figures_and_gains_are_of_the_data_they_name(monkeypatch, tmp_path):
+    """The trace is the first rollout; the gains are by τ of D_0."""
+    torch.set_default_dtype(torch.float32)
+    collected, taus, collect, infer = [], [], mmaml.collect, mmaml.infer
+    monkeypatch.setattr(mmaml, "collect", lambda *a: collected.append(collect(*a)) or collected[-1])
+    monkeypatch.setattr(mmaml, "infer", lambda *a: taus.append(a[1]) or infer(*a))
+    flags = dict(env="point-2m", tasks=4, rollouts=2, horizon=6, iterations=1, eval_every=1, hidden=(5,))
+    run = train(mmaml, run_dir=str(tmp_path), encoder_width=6, updates=1, **flags)
+    training, last = collected[3], collected[4]  # an evaluation collects three times, the first is with τ
+    trace = np.load(run / "eval.npz")["trace"]
+    for batch, found in zip(last, trace, strict=True):
+        np.testing.assert_array_equal(found, batch.obs[:, :6, :2].transpose(0, 1))
+    in_training = [i for i, batch in enumerate(taus) if batch is training[0]]
+    assert len(in_training) == 2, "to sample, and for the gains"

@@ -626,3 +626,94 @@ def test_wrong_input_gets_one_line(flags, message):
         pearl.parse_args(flags)
     assert str(caught.value).startswith("pearl.py: error: ") and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ==== proposed
+
+
+NUMBERS = dict(kl_weight=3.0, reward_scale=1.0, gamma=0.5, tau=0.5, lr=1e-2, policy_regularisation=1.0)
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_every_number_of_a_gradient_step_has_an_effect(flag):
+    def trained(**flags):
+        learner = make_learner(**flags)
+        for i in range(2):
+            pearl.gradient_step(learner, generator(i))
+        return torch.cat([p.detach().flatten() for p in learner.agent.parameters()])
+
+    assert not torch.equal(trained(), trained(**{flag: NUMBERS[flag]}))
+
+
+def test_contexts_and_batches_come_each_from_rows_of_their_own(monkeypatch):
+    learner = make_learner()
+    for k, rows in enumerate(learner.rl.rows):
+        learner.context.rows[k], learner.rl.rows[k] = rows[:10], rows[10:]
+    contexts, batches = spy_on(monkeypatch, "tokens"), spy_on(monkeypatch, "critic_loss")
+    pearl.gradient_step(learner, generator())
+    ((seen, _), _), ((_, batch, *_), _) = contexts[0], batches[0]
+    for found, index in ((seen.obs.flatten(0, 1), learner.context), (batch.obs, learner.rl)):
+        states = learner.storage.data[torch.cat(index.rows), :OBS].tolist()
+        assert set(map(tuple, found.tolist())) <= set(map(tuple, states))
+
+
+def test_a_visit_plays_in_its_own_task(monkeypatch):
+    learner = real_learner("point-goal-4c", 6, horizon=10)
+    played = spy_on(monkeypatch, "rollout")
+    pearl.collect(learner, torch.tensor([4, 1, 4]), pearl.Index(3), 20, False, True, generator())
+    ((_, tasks, *_), _) = played[0]
+    np.testing.assert_array_equal(tasks.params, learner.tasks.params[[4, 4, 1, 1, 4, 4]])
+    assert [len(rows) for rows in learner.rl.rows] == [0, 20, 0, 0, 40, 0]
+
+
+def test_tasks_to_visit_are_drawn_with_replacement(monkeypatch):
+    learner = real_learner("point-goal-4c", 6, horizon=5, visits=6, prior_steps=5, extra_steps=5)
+    played, rng = spy_on(monkeypatch, "rollout"), generator()
+    for _ in range(3):
+        pearl.collect_iteration(learner, rng)
+    drawn = [[*map(tuple, tasks.params)] for (_, tasks, *_), _ in played[::2]]
+    assert any(len({*visits}) < 6 for visits in drawn) and len({task for visits in drawn for task in visits}) == 6
+    assert drawn[0] != drawn[1]
+
+
+def test_only_the_first_of_all_episodes_of_a_block_is_uninformed(monkeypatch):
+    learner, contexts, rng = real_learner("walker-dir", 2, horizon=200), pearl.Index(2), generator()
+    pearl.collect(learner, torch.arange(2), contexts, 100, False, True, rng)
+    played, drawn = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "posterior_z")
+    pearl.collect(learner, torch.arange(2), contexts, 500, True, False, rng)
+    assert len(played) > 1, "walkers fall: more than one round"
+    for k, (((*_, z, _, _, _), _), (_, informed)) in enumerate(zip(played, drawn, strict=True)):
+        z = z.view(2, -1, 2)
+        assert torch.equal(z[:, 1:], informed[:, 1:]) and torch.equal(z[:, 0], informed[:, 0]) == (k > 0)
+
+
+def test_a_run_begins_in_every_task_once_and_is_tested_in_held_out_ones(monkeypatch, tmp_path):
+    blocks, collect, evaluated = [], pearl.collect, spy_on(monkeypatch, "evaluate")
+
+    def watch(learner, tasks, contexts, steps, infer, to_context, rng):
+        blocks.append((len(tasks), contexts is learner.context, steps, infer, to_context))
+        return collect(learner, tasks, contexts, steps, infer, to_context, rng)
+
+    monkeypatch.setattr(pearl, "collect", watch)
+    flags = dict(horizon=5, train_tasks=3, initial_steps=15, visits=2, prior_steps=10, posterior_steps=5)
+    flags |= dict(extra_steps=20, hidden=(7,), encoder_hidden=(6,), batch=5, context=8, meta_batch=4, gradient_steps=2)
+    run = train(pearl, env="point-goal-4c", iterations=2, eval_every=1, run_dir=str(tmp_path), **flags)
+    visit = [(2, False, 10, False, True), (2, False, 5, True, True), (2, False, 20, True, False)]
+    assert blocks == [(3, True, 15, False, True), *visit, *visit]
+    rows = (run / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("charts/frames")
+    assert [int(row.split(",")[column]) for row in rows[1:]] == [3 * 15 + 2 * 35, 3 * 15 + 4 * 35]
+    env = gym.make_vec("point-goal-4c").unwrapped
+    assert len(evaluated) == 3
+    for (_, tasks, known, *_), _ in evaluated:
+        np.testing.assert_array_equal(tasks.params, env.task_set("test").params)
+        np.testing.assert_array_equal(known.params, env.task_set("train").params[:3])
+
+
+def test_another_seed_is_another_evaluation():
+    args, make_env = small_args(horizon=5), functools.partial(gym.make_vec, "point-goal-4c", horizon=5)
+    torch.manual_seed(0)
+    env, agent = make_env(1).unwrapped, pearl.make_agent(2, 2, args)
+    tasks = env.task_set("test")[:4]
+    seeds = [pearl.evaluate(make_env, tasks, tasks, agent, small_args(horizon=5, seed=k))[1]["seed"] for k in (0, 1)]
+    assert not np.array_equal(*seeds)

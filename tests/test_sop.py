@@ -508,3 +508,32 @@ def test_every_rule_has_a_case():
     for flag in ("--clusters", "--embed-repeats", "--extra-steps"):
         with pytest.raises(SystemExit, match=f"{flag} must be from 1"):
             sop.parse_args([flag, "0"])
+
+
+# ==== proposed
+
+
+def test_with_other_numbers_too_the_oracle_of_a_single_cluster_is_pearl(monkeypatch, tmp_path):
+    """Every number away from its default: the same networks in the end."""
+    flags = TINY | dict(env="cheetah-vel", iterations=2, prior_steps=5, extra_steps=15, kl_weight=0.3, reward_scale=2.0)
+    flags |= dict(gamma=0.8, tau=0.1, lr=1e-3, policy_regularisation=0.05, next_obs_in_context=True, seed=3)
+    path = train(sop, run_dir=str(tmp_path / "sop"), oracle=True, clusters=1, probe_iterations=1, **flags)
+    make_agent = pearl.make_agent
+    monkeypatch.setattr(pearl, "make_agent", lambda *a: [make_agent(*a) for _ in range(2)][1])  # the probe's are first
+    single = train(pearl, run_dir=str(tmp_path / "pearl"), **flags)
+    for a, b in zip(rows(path / "eval.csv"), rows(single / "eval.csv"), strict=True):
+        assert b.items() <= a.items()
+    ours, theirs = (torch.load(run / "agent.pt", weights_only=True)["agent"] for run in (path, single))
+    assert all(torch.equal(ours[f"learners.1.{name}"], weight) for name, weight in theirs.items())
+    frames = [[row["charts/frames"] for row in rows(run / "metrics.csv")] for run in (path, single)]
+    assert frames[0] == frames[1] and int(frames[0][0]) == 6 * 15 + 6 * (5 + 15)
+
+
+def test_losses_are_means_over_the_members(monkeypatch, tmp_path):
+    calls = spy_on(monkeypatch, "gradient_step")
+    flags = TINY | dict(env="ml2", train_tasks=4, iterations=1, oracle=True)
+    (row,) = rows(train(sop, run_dir=str(tmp_path), **flags) / "metrics.csv")
+    assert len(calls) == 2 * 2, "two members, two steps each"
+    for name in ("q_error", "kl", "v_error", "policy_loss", "log_pi"):
+        wanted = np.mean([terms[name].item() for _, terms in calls])
+        assert float(row[f"sac/{name}"]) == pytest.approx(wanted, rel=1e-4)
