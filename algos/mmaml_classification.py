@@ -582,9 +582,9 @@ def score_tasks(
 
 def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """Accuracy in fixed tasks of the test classes before and after adaptation, and of the validation classes after it
-    (D7); half the width of the 95 % interval of the mean; the accuracy with the mean τ of all test tasks, which tells
-    them not apart. For the figures, of the test tasks: accuracies [2, task], embeddings [task, 128]; the support images
-    of one task of every data set [mode, K N, 3, S, S].
+    (D7); half the width of the 95 % interval of the mean; the accuracy with the mean τ of all test tasks, which does
+    not tell them apart. For the figures, of the test tasks: accuracies [2, task], embeddings [task, 128]; the support
+    images of one task of every data set [mode, K N, 3, S, S].
     """
     steps, cluster, metrics = args.eval_steps or args.inner_steps, tasks.cluster, {}
     scores, embedding = score_tasks(tasks, data, "test", agent, args)
@@ -595,7 +595,7 @@ def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args:
         validation, _ = score_tasks(tasks, data, "val", agent, args)
         metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)
     if "omega" in agent:
-        same, _ = score_tasks(tasks, data, "test", agent, args, embedding.mean(0).to(args.device))  # τ is linear in υ
+        same, _ = score_tasks(tasks, data, "test", agent, args, embedding.mean(0).to(args.device))  # τ is affine in υ
         metrics |= returns_by_cluster("eval/return_mean_modulated", same[-1], cluster)
     examples, _ = draw_images(tasks[: len(data)], data, "test", args)  # data sets are in turn
     arrays = dict(params=tasks.params, cluster=cluster, accuracy=scores, examples=examples.x.cpu().numpy())

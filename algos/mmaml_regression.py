@@ -32,7 +32,7 @@ Deviations from the paper (P) or C
   D7 C evaluates on batches of the training distribution; here on 1000 fixed tasks of every family, with fixed points.
 
 Tested       python algos/mmaml_regression.py --iterations 5000 --eval-every 500 --num-threads 1   (6.25 million points,
-             9 minutes of one core of an AMD EPYC): squared error 3.28 after modulation, 1.02 after five steps; MAML
+             8 minutes of one core of an AMD EPYC): squared error 3.28 after modulation, 1.02 after five steps; MAML
              (--modulation none) 16.15, then 2.15. 70,000 meta-iterations are the paper's.
 """
 
@@ -491,8 +491,8 @@ def evaluate(tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict,
     """Minus the mean squared error of the query points of 1000 tasks of every family (D7), after 0 .. n steps.
 
     Before and after adaptation also the error to the function without noise, and half the width of the 95 % interval of
-    the mean; after adaptation the error with the mean τ of all tasks, which tells them not apart. For the figures, of
-    the first tasks: errors [step, task], embeddings [task, 80], and what fitted_curves gives.
+    the mean; after adaptation the error with the mean τ of all tasks, which does not tell them apart. For the figures,
+    of the first tasks: errors [step, task], embeddings [task, 80], and what fitted_curves gives.
     """
     steps, cluster, learner = args.eval_steps or args.inner_steps, tasks.cluster, assign(tasks, args)
     support, query = draw_pairs(tasks, torch.Generator().manual_seed(10**6), args)

@@ -156,7 +156,7 @@ def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
     """
     *lines, _ = path.read_text(errors="replace").split("\n")  # nothing, or a line without its end
     if len(lines) < 2:
-        raise Unusable(f"{path} has no evaluation yet")
+        raise Unusable(f"{path} has no rows yet")
     with blame(f"{path} is damaged"):
         names, *rows = [line.split(",") for line in lines]
         try:
@@ -792,7 +792,7 @@ def figures_of_a_run(env: envs.TaskVectorEnv, args: dict, run: Path, data: dict,
             herd_embeddings(name, data, out / "embeddings.png")
     if env.task_is == "velocity" and "returns" in data:
         return_by_velocity(name, data, out / "return_by_velocity.png")
-    if origin(args) == "rmaml" and (run / "metrics.csv").exists():
+    if origin(args) == "rmaml" and (run / "metrics.csv").is_file() and table["iteration"][-1] > 0:
         training = read_csv(run / "metrics.csv", re.compile(r"policy/alpha_layer_\d+"))
         learned_rates(name, args["rates"], training, out / "learned_rates.png")
     if "reward_weights" in data:

@@ -40,8 +40,10 @@ def table(compared: list[Method], clusters: bool, digits: int) -> str:
     short = (k.removeprefix("eval/").removeprefix("return_").replace("_", " ") for k in shown)
     rows = [["", "million frames", *short], ["---"] * (2 + len(shown))]
     for method in compared:
-        end = reduce(np.intersect1d, [seed["iteration"] for seed in method.tables])[-1]
-        last = [{k: column[seed["iteration"] == end][0] for k, column in seed.items()} for seed in method.tables]
+        common = reduce(np.intersect1d, [seed["iteration"] for seed in method.tables])
+        if not len(common):
+            raise Unusable(f"the seeds of {method.label} have no evaluation in common")
+        last = [{k: column[seed["iteration"] == common[-1]][0] for k, column in seed.items()} for seed in method.tables]
         frames = f"{np.mean([row['charts/frames'] for row in last]) / 1e6:.2f}"
         values = {k: [row[k] for row in last if k in row] for k in shown}
         cells = [cell(x, 2 if k == "eval/nmi" else digits) for k, x in values.items()]

@@ -345,7 +345,7 @@ def test_clear_errors():
     for robot in (2, 0.5, -1):
         with pytest.raises(ValueError, match="robot, 0 to 1"):
             mixed.reset(options={"tasks": envs.Tasks(np.full((4, 2), robot), np.zeros(4, int))})
-    assert mixed.tasks == before and mixed.step(np.zeros((4, 6)))[1].any(), "what is refused changes nothing"
+    assert mixed.tasks == before and mixed.step(np.zeros((4, 6)))[1].any(), "its tasks stay"
 
 
 # -- what Gymnasium expects --------------------------------------------------------------------------------------------

@@ -672,7 +672,7 @@ def test_wrong_input_gets_one_line(flags, message):
     assert "\n" not in str(caught.value)
 
 
-# ==== proposed
+# -- every flag, every task, every block -------------------------------------------------------------------------------
 
 
 NUMBERS = dict(kl_weight=3.0, reward_scale=1.0, gamma=0.5, tau=0.5, lr=1e-2, policy_regularisation=1.0)

@@ -439,7 +439,7 @@ def test_every_rule_has_a_case():
     mmaml.parse_args("--encoder-official-bug --horizon 5 --modulate-first-step".split())
 
 
-# ==== proposed
+# -- every flag, every task, every block -------------------------------------------------------------------------------
 
 
 def test_rates_and_weights_start_where_the_flags_say():

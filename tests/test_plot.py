@@ -332,11 +332,11 @@ def test_what_a_kill_leaves_at_the_end_is_skipped(tmp_path, tail):
 GOOD = table(["eval/return_episode_1"])
 ARGS = dict(script="milet", env="point-goal-4c", seed=0)
 BAD = {  # case: file, content (None: a folder), part of the error
-    "csv empty": ("eval.csv", "", "eval.csv has no evaluation yet"),
-    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv has no evaluation yet"),
-    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv has no evaluation yet"),
-    "csv cut in the header": ("eval.csv", GOOD[:20], "eval.csv has no evaluation yet"),
-    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv has no evaluation yet"),
+    "csv empty": ("eval.csv", "", "eval.csv has no rows yet"),
+    "csv with NULs alone": ("eval.csv", "\0" * 9, "eval.csv has no rows yet"),
+    "csv header only": ("eval.csv", GOOD.splitlines(True)[0], "eval.csv has no rows yet"),
+    "csv cut in the header": ("eval.csv", GOOD[:20], "eval.csv has no rows yet"),
+    "csv cut in its only row": ("eval.csv", GOOD[: GOOD.index("\n1,")], "eval.csv has no rows yet"),
     "csv without frames": ("eval.csv", GOOD.replace("charts/frames", "x"), "lacks the columns"),
     "csv without returns": ("eval.csv", GOOD.replace("eval/return", "x"), "lacks the columns"),
     "csv with a bad number": ("eval.csv", GOOD.replace("1000", "1oo0"), "eval.csv is damaged: "),

@@ -510,7 +510,7 @@ def test_every_rule_has_a_case():
             sop.parse_args([flag, "0"])
 
 
-# ==== proposed
+# -- every flag, every task, every block -------------------------------------------------------------------------------
 
 
 def test_with_other_numbers_too_the_oracle_of_a_single_cluster_is_pearl(monkeypatch, tmp_path):
