@@ -383,3 +383,35 @@ def test_the_defaults_are_those_of_the_code():
     assert (a.env, a.learners, a.init, a.pretrain, a.oracle_warmup) == ("ant-cheetah-dir", 2, "random", 50, 0)
     assert (a.tasks, a.rollouts, a.horizon, a.inner_steps, a.alpha, a.delta) == (40, 20, 100, 1, 0.1, 0.01)
     assert (a.explore_iterations, a.switch_at, a.hidden) == (0, 0, (64, 64))
+
+
+# -- every flag, every task, every step --------------------------------------------------------------------------------
+
+
+def test_exploration_follows_pretraining():
+    tasks = envs.Tasks(np.zeros((400, 1)), np.zeros(400, int))
+    score = np.eye(4)[:1].repeat(400, 0).T  # learner 0 is the best
+    args = cml.Args(learners=4, init="task-specific", pretrain=3, explore=0.4, explore_iterations=2)
+    state, others = torch.get_rng_state(), []
+    for iteration in range(4, 7):
+        rng = torch.Generator().manual_seed(0)
+        found = cml.assign(score, tasks, iteration, rng, args)
+        others.append((found != 0).mean())
+        assert (found == cml.assign(score, tasks, iteration, torch.Generator().manual_seed(0), args)).all()
+    assert others[:2] == pytest.approx([0.3, 0.3], abs=0.08) and others[2] == 0
+    assert torch.equal(torch.get_rng_state(), state), "it draws from the run's generator"
+
+
+def test_tasks_of_the_switch_test_are_fresh():
+    env, args = gym.make_vec("point-goal-4c", num_envs=1).unwrapped, cml.Args(tasks=9, switch_at=7)
+    one, two = (cml.draw_tasks(env, 1, torch.Generator().manual_seed(seed), args) for seed in (0, 1))
+    assert not np.isin(one.params, two.params).any() and not np.isin(one.params, env.task_set("train").params).any()
+
+
+def test_evaluation_takes_as_many_steps_as_training_and_at_least_one(monkeypatch):
+    asked, collect_all = [], cml.collect_all
+    monkeypatch.setattr(cml, "collect_all", lambda *a: asked.append(a[4]) or collect_all(*a))
+    for steps in (dict(inner_steps=0), dict(inner_steps=2), dict(inner_steps=2, eval_steps=3)):
+        args, env, tasks, policy, theta = make(2, **steps)
+        cml.evaluate(env, tasks, policy, theta, args)
+    assert asked[::2] == asked[1::2] == [[0.1], [0.1, 0.1], [0.1, 0.1, 0.05]]

@@ -347,3 +347,27 @@ def test_the_defaults():
     a = fcml.Args()
     assert (a.env, a.max_learners, a.epsilon, a.least_return, a.warmup) == ("ant-cheetah-dir", 4, 0.2, 10, 25)
     assert (a.tune_steps, a.tasks, a.rollouts, a.inner_steps, a.alpha) == (50, 40, 20, 1, 0.1)
+
+
+# -- every flag, every task, every step --------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_remembers_how_old_its_learners_are(always, tmp_path):
+    """In the third iteration the tasks of the learner that the second one founded gain, but may not found."""
+    flags = dict(QUICK, eval_every=4, save_every=2, tasks=12) | GROWS
+    whole = train(fcml, **(flags | dict(iterations=3)), run_dir=str(tmp_path / "whole"))
+    half = train(fcml, **(flags | dict(iterations=2)), run_dir=str(tmp_path / "half"))
+    args = fcml.parse_args(["--resume", str(half), "--iterations", "3"])
+    fcml.train(args, fcml.Run(args))
+    assert column(whole, "fcml/gain") == column(half, "fcml/gain")
+    born = torch.load(half / "checkpoint.pt", weights_only=True)["agent"]["born"]
+    assert born.tolist() == [0, 2, 3, 0]
+
+
+def test_evaluation_takes_as_many_steps_as_training_and_at_least_one(monkeypatch):
+    asked, collect_all = [], fcml.collect_all
+    monkeypatch.setattr(fcml, "collect_all", lambda *a: asked.append(a[4]) or collect_all(*a))
+    for steps in (dict(inner_steps=0), dict(inner_steps=2), dict(inner_steps=2, eval_steps=3)):
+        args, env_of, tasks, policy, theta = make(**steps)
+        fcml.evaluate(env_of, tasks, policy, theta, args)
+    assert asked[::2] == asked[1::2] == [[0.1], [0.1, 0.1], [0.1, 0.1, 0.05]]

@@ -363,3 +363,33 @@ def test_every_rule_has_a_case():
     for flag in ("--clusters", "--embed-rollouts", "--train-tasks"):
         with pytest.raises(SystemExit, match=f"{flag} must be from 1"):
             hom.parse_args([flag, "0"])
+
+
+# -- every flag, every task, every step --------------------------------------------------------------------------------
+
+
+def test_inner_steps_are_the_flags_in_training_and_at_evaluation(single, monkeypatch, tmp_path):
+    asked, collect = [], hom.collect
+    monkeypatch.setattr(hom, "collect", lambda *a: asked.append(a[4]) or collect(*a))
+    flags = TINY | dict(clusters=2, train_tasks=12, probe_iterations=1, embed_rollouts=1, iterations=2, eval_every=2)
+    train(hom, env="point-goal-4c", inner_steps=2, alpha=0.03, run_dir=str(tmp_path), **flags)
+    assert asked == [[0.03, 0.03]] * 4
+    asked.clear()
+    args = hom.Args(preset="paper", num_threads=1, env="point-goal-4c", inner_steps=2, eval_steps=3, alpha=0.03,
+                    run_dir=str(tmp_path), **(flags | dict(iterations=1, probe_iterations=0)))  # fmt: skip
+    hom.train(args, hom.Run(args))
+    assert asked == [[0.03, 0.03, 0.015], [0.03, 0.03], [0.03, 0.03, 0.015]]
+
+
+def test_members_begin_apart_and_the_probes_new_actions_are_the_generators(single, monkeypatch, tmp_path):
+    begun, step = [], hom.trpo_step
+    monkeypatch.setattr(hom, "trpo_step", lambda p, theta, *a: begun.append(theta.clone()) or step(p, theta, *a))
+    flags = TINY | dict(clusters=3, train_tasks=12, probe_iterations=0, embed_rollouts=1, iterations=1)
+    train(hom, env="point-goal-4c", run_dir=str(tmp_path), **flags)
+    assert len(torch.stack(begun).unique(dim=0)) == 3
+    args = small_args(embedding="full")
+    make_env = lambda n: gym.make_vec("point-goal-4c", num_envs=n, horizon=4)  # noqa: E731
+    policy, tasks = hom.GaussianPolicy(2, 2, args), make_env(1).unwrapped.task_set("train")[:3]
+    theta = policy.init(torch.Generator().manual_seed(0))
+    one, two = (hom.observe(make_env, tasks, policy, theta, torch.Generator().manual_seed(5), args) for _ in range(2))
+    assert torch.equal(one.action, two.action)

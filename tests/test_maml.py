@@ -1,5 +1,6 @@
 """MAML-TRPO's mathematics: closed forms, finite differences, slow second implementations, identities."""
 
+import csv
 import dataclasses
 import math
 from itertools import product
@@ -683,3 +684,77 @@ def test_every_learner_of_multi_maml_gets_the_tasks_of_its_cluster(single, monke
         for batch, everyones in zip(data, (before, after)):
             assert torch.equal(batch.obs, everyones.obs[cluster == m])
         assert torch.equal(saved[m], trpo_step(policy, theta, data, alpha, args)[0])
+
+
+# -- every flag, every task, every step --------------------------------------------------------------------------------
+
+
+def test_advantages_are_gae_over_the_baseline_of_the_steps_taken():
+    args = small_args(rollouts=20, horizon=9, gamma=0.9, gae_lambda=0.7)
+    policy, theta = make_policy(args)
+    batch = make_batch(policy, theta.expand(3, -1), args)
+    baseline = maml.linear_baseline(batch.obs, maml.discounted_returns(batch.reward, 0.9), batch.taken)
+    advantage = maml.gae(batch.reward, baseline, 0.9, 0.7)
+    assert not batch.taken.all()
+    for found, expected, taken in zip(batch.advantage, advantage, batch.taken):
+        a = expected[taken]
+        torch.testing.assert_close(found[taken], (a - a.mean()) / a.std(correction=0), atol=1e-5, rtol=1e-5)
+
+
+def test_the_numbers_of_candidates_and_of_conjugate_gradients_are_the_flags(monkeypatch):
+    args = small_args(backtracks=4, cg_iterations=3)
+    policy, theta = make_policy(args)
+    data, asked, iterations, solve = make_data(policy, theta, args), [], [], maml.conjugate_gradient
+    monkeypatch.setattr(maml, "conjugate_gradient", lambda *a: iterations.append(a[2]) or solve(*a))
+    never = torch.tensor(1.0), torch.tensor(0.0)
+    monkeypatch.setattr(maml, "meta_objective", lambda *a: asked.append(a) or never)
+    maml.trpo_step(policy, theta, data, args.alpha, args)
+    assert len(asked) == 4 and iterations == [3]
+
+
+def test_training_is_the_loop_of_algorithm_3(single, monkeypatch, tmp_path):
+    """Fresh tasks, n steps of α, every learner's own step, all frames; held-out tasks at evaluation; what is logged."""
+    flags = dict(env="walker-dir", oracle=True, tasks=12, rollouts=2, horizon=50, inner_steps=2, alpha=0.03)
+    flags |= dict(action_scale=1.0, hidden=(4,), iterations=2, eval_every=2, seed=3, num_threads=1)
+    args = maml.Args(**flags, run_dir=str(tmp_path))
+    run, seen, steps, collect, trpo_step = maml.Run(args), [], [], maml.collect, maml.trpo_step
+    drawn, sample_tasks = [], envs.TaskVectorEnv.sample_tasks
+
+    def record(env, tasks, policy, theta, alphas, rng, args):
+        seen.append((tasks, theta.clone(), alphas, rng, collect(env, tasks, policy, theta, alphas, rng, args)))
+        return seen[-1][-1]
+
+    def step(policy, theta, data, alpha, args):
+        steps.append((alpha, *trpo_step(policy, theta, data, alpha, args)))
+        return steps[-1][1:]
+
+    def draw(env, n, rng):
+        drawn.append(str(rng.bit_generator.state))
+        return sample_tasks(env, n, rng)
+
+    monkeypatch.setattr(envs.TaskVectorEnv, "sample_tasks", draw)
+    monkeypatch.setattr(maml, "collect", record)
+    monkeypatch.setattr(maml, "trpo_step", step)
+    maml.train(args, run)
+    first, *training, last = seen
+    assert len(training) == 2 and len(set(drawn)) == 2, "fresh tasks"
+    held_out = gym.make_vec(args.env, num_envs=1).unwrapped.task_set("test")
+    for tasks, _, alphas, rng, _ in (first, last):
+        np.testing.assert_array_equal(tasks.params, held_out.params)
+        assert alphas == [0.03] * 2 and rng.initial_seed() == 10**6 + 3
+    with (run.path / "metrics.csv").open() as file:
+        table = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert len(training[0][1].unique(dim=0)) == 2, "every learner begins elsewhere"
+    frames, policy = 0, maml.GaussianPolicy(17, 6, args)
+    for k, ((_, _, alphas, rng, data), row) in enumerate(zip(training, table)):
+        mine = steps[2 * k : 2 * k + 2]
+        assert alphas == [0.03] * 2 and rng is run.rng and [alpha for alpha, *_ in mine] == [0.03] * 2
+        taken = sum(int(batch.taken.sum()) for batch in data)
+        frames += taken
+        assert row["charts/frames"] == frames and taken < 3 * 12 * 2 * 50, "falls"
+        for n, batch in enumerate(data):
+            assert row[f"train/return_step_{n}"] == pytest.approx(batch.reward.sum(-1).mean().item(), rel=1e-4)
+        assert row["trpo/kl"] == pytest.approx(np.mean([stats["trpo/kl"] for *_, stats in mine]), rel=1e-4)
+        std, adapted = policy.log_std(torch.stack([new for _, new, _ in mine])).exp(), data[-1].log_std.exp()
+        assert row["policy/std"] == pytest.approx(std.mean().item(), rel=1e-5)
+        assert row["policy/std_adapted"] == pytest.approx(adapted.mean().item(), rel=1e-5)

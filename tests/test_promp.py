@@ -1,5 +1,6 @@
 """ProMP's mathematics: the objective against a plain version, its identities, and what Adam trains."""
 
+import csv
 import dataclasses
 
 import gymnasium as gym
@@ -302,3 +303,60 @@ def test_every_rule_has_a_case():
     assert len({message for _, message in RULES}) == len(promp.check(promp.Args(), envs.ENVIRONMENTS["cheetah-dir"]))
     promp.parse_args("--env ant-cheetah-dir --oracle --tasks 4 --mask-pad-actions --eta 0".split())
     promp.parse_args("--inner-steps 0 --eval-steps 0".split())
+
+
+# -- every flag, every task, every step --------------------------------------------------------------------------------
+
+
+def test_training_is_the_loop_of_algorithm_1(monkeypatch, tmp_path):
+    """Fresh tasks, n inner steps, η of the flag, all frames; held-out tasks at evaluation; what is logged."""
+    torch.set_default_dtype(torch.float32)
+    flags = dict(env="walker-dir", tasks=12, rollouts=2, horizon=50, inner_steps=2, eta=0.7, iterations=2)
+    flags |= dict(train_alpha=True, lr=0.01)
+    args = small_args(**flags, action_scale=1.0, hidden=(4,), eval_every=2, seed=3, run_dir=str(tmp_path))
+    run, seen, collect = promp.Run(args), [], promp.collect
+    drawn, sample_tasks = [], envs.TaskVectorEnv.sample_tasks
+
+    def record(env, tasks, policy, theta, alphas, rng, args):
+        seen.append((tasks, alphas, rng, collect(env, tasks, policy, theta, alphas, rng, args)))
+        return seen[-1][-1]
+
+    def draw(env, n, rng):
+        drawn.append(str(rng.bit_generator.state))
+        return sample_tasks(env, n, rng)
+
+    monkeypatch.setattr(envs.TaskVectorEnv, "sample_tasks", draw)
+    monkeypatch.setattr(promp, "collect", record)
+    promp.train(args, run)
+    first, *training, last = seen
+    assert len(training) == 2 and len(set(drawn)) == 2, "fresh tasks"
+    held_out = gym.make_vec(args.env, num_envs=1).unwrapped.task_set("test")
+    for tasks, alphas, rng, _ in (first, last):
+        np.testing.assert_array_equal(tasks.params, held_out.params)
+        assert len(alphas) == 2 and rng.initial_seed() == 10**6 + 3
+    with (run.path / "metrics.csv").open() as file:
+        table = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    frames = 0
+    for (_, alphas, rng, data), row in zip(training, table):
+        assert len(alphas) == 2 and len(data) == 3 and rng is run.rng
+        taken = sum(int(batch.taken.sum()) for batch in data)
+        frames += taken
+        assert row["charts/frames"] == frames and taken < 3 * 12 * 2 * 50, "falls"
+        for k, batch in enumerate(data):
+            assert row[f"train/return_step_{k}"] == pytest.approx(batch.reward.sum(-1).mean().item(), rel=1e-4)
+    saved = torch.load(run.path / "agent.pt", weights_only=True)["agent"]
+    assert saved["eta"].tolist() == [pytest.approx([0.7, 0.7])], "which only --adapt-eta changes"
+    assert table[-1]["policy/alpha"] == pytest.approx(saved["alpha"].mean().item(), rel=1e-5) != args.alpha
+
+
+def test_evaluation_takes_as_many_steps_as_training_and_at_least_one(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    taken, collect = [], promp.collect
+    monkeypatch.setattr(promp, "collect", lambda *a: taken.append(len(a[4])) or collect(*a))
+    for steps in (dict(inner_steps=0), dict(inner_steps=3), dict(inner_steps=3, eval_steps=2)):
+        args = small_args(**steps)
+        env = gym.make_vec("point-goal-4c", num_envs=4 * args.rollouts, horizon=args.horizon)
+        policy = promp.GaussianPolicy(2, 2, args)
+        agent = promp.make_agent(policy, 1, torch.Generator().manual_seed(0), args)
+        promp.evaluate(env, env.unwrapped.sample_tasks(4, np.random.default_rng(0)), policy, agent, args)
+    assert taken == [1, 3, 2]

@@ -291,3 +291,18 @@ def test_every_rule_has_a_case():
     assert set(rules) <= {message for _, message in RULES}
     rmaml.parse_args("--env ant-cheetah-dir --mask-pad-actions --damping 0 --tasks 2 --max-share 0".split())
     rmaml.parse_args("--env cheetah-vel-noise --tasks 5 --strategy uniform --max-share 1 --alpha-0 0".split())
+
+
+# -- every flag, every task, every step --------------------------------------------------------------------------------
+
+
+def test_evaluation_takes_as_many_steps_as_training(single, monkeypatch):
+    env = envs.ENVIRONMENTS["cheetah-vel"](num_envs=12, horizon=4, num_threads=1)
+    tasks, asked, collect = env.sample_tasks(4, np.random.default_rng(0)), [], rmaml.collect
+    monkeypatch.setattr(rmaml, "collect", lambda *a: asked.append(len(a[4])) or collect(*a))
+    for steps in (dict(inner_steps=1), dict(inner_steps=2), dict(inner_steps=2, eval_steps=1)):
+        args = small_args(**steps)
+        policy = rmaml.GaussianPolicy(20, 6, args)
+        theta = policy.init(torch.Generator().manual_seed(0))
+        rmaml.evaluate(env, tasks, policy, dict(theta=theta, alpha=torch.full_like(theta, 0.1)), args)
+    assert asked == [1, 2, 1]
