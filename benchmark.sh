@@ -96,11 +96,12 @@ campaigns() {
   run reaching-2d__rmaml_reaching__0__quarter --max-share 0.25
   figure reaching reaching-2d__rmaml_reaching__0
 
-  campaign rmaml-quarter '3 hours' 'RMAML, its parts and MAML on cheetah-vel-noise, 2 seeds each, a quarter of the default frames'
+  campaign rmaml-quarter '3 hours' 'RMAML, its parts, MAML and two by the ratio on cheetah-vel-noise, a quarter of the default frames'
   small='--tasks 20 --rollouts 10 --iterations 200'
   run cheetah-vel-noise__{maml,rmaml}__{0,1}__quarter $small
   run cheetah-vel-noise__rmaml__{0,1}__quarter-alpha $small --strategy uniform
   run cheetah-vel-noise__rmaml__{0,1}__quarter-buffer $small --alpha-init 0.1 --alpha-0 0
+  run cheetah-vel-noise__{maml,rmaml}__0__quarter-ratio $small --inner-loss likelihood-ratio
   figure cheetah-vel-noise
 
   campaign hom '4 hours' 'HoM (and its other embeddings), MAML and Multi-MAML on ml2, 3 seeds each; five times as long'
