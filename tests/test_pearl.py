@@ -634,15 +634,17 @@ def test_wrong_input_gets_one_line(flags, message):
 NUMBERS = dict(kl_weight=3.0, reward_scale=1.0, gamma=0.5, tau=0.5, lr=1e-2, policy_regularisation=1.0)
 
 
+def trained(script, learner) -> torch.Tensor:
+    """All weights after two gradient steps."""
+    for i in range(2):
+        script.gradient_step(learner, generator(i))
+    return torch.cat([p.detach().flatten() for p in learner.agent.parameters()])
+
+
 @pytest.mark.parametrize("flag", NUMBERS)
 def test_every_number_of_a_gradient_step_has_an_effect(flag):
-    def trained(**flags):
-        learner = make_learner(**flags)
-        for i in range(2):
-            pearl.gradient_step(learner, generator(i))
-        return torch.cat([p.detach().flatten() for p in learner.agent.parameters()])
-
-    assert not torch.equal(trained(), trained(**{flag: NUMBERS[flag]}))
+    before, after = (trained(pearl, make_learner(**flags)) for flags in ({}, {flag: NUMBERS[flag]}))
+    assert not torch.equal(before, after)
 
 
 def test_contexts_and_batches_come_each_from_rows_of_their_own(monkeypatch):
