@@ -123,7 +123,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {}  # Args has the settings of CML's code, for all environments
-FAST: dict[str, dict] = {}  # none: the published settings learn within an hour
+FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
 MAY_BE_0 = "seed num_threads oracle_warmup explore_iterations switch_at first_cluster inner_steps eval_steps".split()
 
 

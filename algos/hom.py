@@ -109,7 +109,7 @@ class Args:
 
 
 PAPER = {"ml2": dict(tasks=20, rollouts=10, iterations=40)}  # the paper's Table 3; else ProMP's maml_run_mujoco
-FAST: dict[str, dict] = {}  # none: the published settings learn within an hour
+FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
 MAY_BE_0 = ("seed", "num_threads", "probe_iterations", "eval_steps")
 
 

@@ -112,7 +112,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {}  # Args: ProMP's maml_run_mujoco, and CML's, but for iterations and damping (D3)
-FAST: dict[str, dict] = {}  # none: the published settings learn within an hour
+FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 
 

@@ -554,11 +554,11 @@ def intervals(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, 
 
 
 def score_tasks(
-    tasks: envs.Tasks, data: list[DataSet], part: str, agent: nn.ModuleDict, args: Args, upsilon: Tensor | None = None
+    tasks: envs.Tasks, data: list[DataSet], part: str, agent: nn.ModuleDict, args: Args, shared: Tensor | None = None
 ) -> tuple[np.ndarray, Tensor]:
     """The accuracy of every task before and after its steps, [2, task], and υ [task, 128] (without ω: 0).
 
-    upsilon: [128], one υ for all tasks, in place of their own.
+    shared: [128], one υ for all tasks, in place of their own.
     """
     steps, learner = args.eval_steps or args.inner_steps, assign(tasks, args)
     scores, embeddings = np.zeros((2, len(tasks))), torch.zeros(len(tasks), args.embedding)
@@ -568,8 +568,8 @@ def score_tasks(
             support, query = draw_images(tasks[ids], data, part, args)
             with torch.no_grad():
                 embedding, tau = modulation_of(agent, support)
-                if upsilon is not None:
-                    tau = [head(upsilon.expand(len(ids), -1)) for head in agent["omega"].heads]  # Eq. (2)
+                if shared is not None:
+                    tau = [head(shared.expand(len(ids), -1)) for head in agent["omega"].heads]  # Eq. (2)
             thetas = adapt(agent["theta"][m], tau, support, steps, args, create_graph=False)
             with torch.no_grad():
                 for k in (0, -1):

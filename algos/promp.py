@@ -113,7 +113,7 @@ class Args:
 RANDOM_PARAMETERS = dict(horizon=200, alpha=0.05, updates=3, eta=1e-3, adapt_eta=True)
 PAPER = dict.fromkeys(("hopper-params-4c", "walker-params-4c"), RANDOM_PARAMETERS)  # iterations are ours: Args
 PAPER |= {"ant-dir": dict(horizon=200), "walker-dir": dict(horizon=200)}
-FAST: dict[str, dict] = {}  # none: the published settings learn within an hour
+FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 
 

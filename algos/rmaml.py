@@ -114,7 +114,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {}  # Args has the paper's own settings, and of MAML's those of ProMP (D17)
-FAST: dict[str, dict] = {}  # none: the published settings learn within an hour
+FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
 MAY_BE_0 = ("seed", "num_threads", "eval_steps")
 ALPHA_RANGE = 1e-4, 1.0  # in which α is kept (D13)
 

@@ -248,7 +248,8 @@ def method_name(args: dict, settings: list[dict]) -> str:
 
     A run of an older script may lack some.
     """
-    others = [without(other, NOT_THE_METHOD) for other in settings if family(other) == family(args)]
+    others = [other for other in settings if family(other) == family(args)]
+    others = [{key: value for key, value in other.items() if key not in NOT_THE_METHOD} for other in others]
     others = [other for n, other in enumerate(others) if other not in others[:n]]  # one of every method
     parts = [family(args)]
     for key in dict.fromkeys(itertools.chain(*others)):
@@ -257,10 +258,6 @@ def method_name(args: dict, settings: list[dict]) -> str:
         if like <= len(others) / 2:
             parts.append(words if value is True else f"no {words}" if value is False else f"{words} {value}")
     return ", ".join(parts)
-
-
-def without(args: dict, names: set[str]) -> dict:
-    return {key: value for key, value in args.items() if key not in names}
 
 
 def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:
