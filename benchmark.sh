@@ -119,33 +119,43 @@ campaigns() {
   run ml2__maml__0__oracle-long --tasks 20 --rollouts 10 --iterations 201 --oracle
   figure ml2-long ml2__{hom__0__long,maml__0__long,maml__0__oracle-long}
 
-  campaign mmaml-point '18 hours' 'MMAML, ProMP and Multi-ProMP on the point with 1 to 6 modes, 3 seeds each (Table 3)'
-  run point-1m__mmaml__{0,1,2}__promp --modulation none
+  campaign mmaml-point '2 hours' 'MMAML, ProMP (and with ten times α) and Multi-ProMP on the point with 2, 4, 6 modes, 3 seeds each'
   run point-{2m,4m,6m}__mmaml__{0,1,2}
   run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --modulation none
-  run point-{2m,4m}__mmaml__{0,1,2}__multi --modulation none --oracle
-  run point-6m__mmaml__{0,1,2}__multi --modulation none --oracle --tasks 42
+  run point-{2m,4m,6m}__mmaml__{0,1,2}__multi --modulation none --oracle
+  run point-{2m,4m,6m}__mmaml__0__promp-0.1 --modulation none --alpha 0.1
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '4 hours' 'MMAML (two α), ProMP (four, two rates of Adam) and Multi-ProMP on point-2m and -4m, a quarter of the published frames'
-  run point-2m__mmaml__{0,1}__quarter --tasks 20 --rollouts 10
-  run point-2m__mmaml__{0,1}__quarter-promp --tasks 20 --rollouts 10 --modulation none
-  run point-2m__mmaml__{0,1}__quarter-0.1 --tasks 20 --rollouts 10 --alpha 0.1
-  run point-2m__mmaml__{0,1}__quarter-promp-0.1 --tasks 20 --rollouts 10 --modulation none --alpha 0.1
-  for alpha in 0.3 1; do run point-2m__mmaml__0__quarter-promp-$alpha --tasks 20 --rollouts 10 --modulation none --alpha $alpha; done
-  run point-2m__mmaml__0__quarter-promp-lr --tasks 20 --rollouts 10 --modulation none --lr 5e-4
-  run point-2m__mmaml__0__quarter-promp-lr-0.1 --tasks 20 --rollouts 10 --modulation none --lr 5e-4 --alpha 0.1
-  run point-4m__mmaml__0__quarter --tasks 20 --rollouts 10
-  run point-4m__mmaml__0__quarter-promp --tasks 20 --rollouts 10 --modulation none
-  run point-{2m,4m}__mmaml__0__quarter-multi --tasks 20 --rollouts 10 --modulation none --oracle
-  for env in point-{2m,4m}; do figure "$env"; done
+  campaign mmaml-table-3 '18 hours' 'the same at the published setting, Table 3, and ProMP on the point with one mode'
+  run point-1m__mmaml__{0,1,2}__promp --preset paper --modulation none
+  run point-{2m,4m,6m}__mmaml__{0,1,2} --preset paper
+  run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --preset paper --modulation none
+  run point-{2m,4m}__mmaml__{0,1,2}__multi --preset paper --modulation none --oracle
+  run point-6m__mmaml__{0,1,2}__multi --preset paper --modulation none --oracle --tasks 42
+  for env in point-{2m,4m,6m}; do figure "$env"; done
+
+  campaign mmaml-quarter '4 hours' 'MMAML (two α), ProMP (four, two rates of Adam) and Multi-ProMP on the point, a quarter of the published frames'
+  small='--preset paper --tasks 20 --rollouts 10'
+  run point-2m__mmaml__{0,1}__quarter $small
+  run point-2m__mmaml__{0,1}__quarter-promp $small --modulation none
+  run point-2m__mmaml__{0,1}__quarter-0.1 $small --alpha 0.1
+  run point-2m__mmaml__{0,1}__quarter-promp-0.1 $small --modulation none --alpha 0.1
+  for alpha in 0.3 1; do run point-2m__mmaml__0__quarter-promp-$alpha $small --modulation none --alpha $alpha; done
+  run point-2m__mmaml__0__quarter-promp-lr $small --modulation none --lr 5e-4
+  run point-2m__mmaml__0__quarter-promp-lr-0.1 $small --modulation none --lr 5e-4 --alpha 0.1
+  run point-{4m,6m}__mmaml__0__quarter $small
+  run point-{4m,6m}__mmaml__0__quarter-promp $small --modulation none
+  run point-{2m,4m}__mmaml__0__quarter-multi $small --modulation none --oracle
+  for env in point-{2m,4m,6m}; do figure "$env"; done
   figure point-2m-mmaml point-2m__mmaml__0__quarter
 
-  campaign mmaml-robots '9 hours' 'MMAML on the reacher with 4 modes, beside ProMP and Multi-ProMP, and on the ant, 90 iterations'
-  run reacher-4m__mmaml__0
-  run reacher-4m__mmaml__0__promp --modulation none
-  run reacher-4m__mmaml__0__multi --modulation none --oracle
-  run ant-4m__mmaml__0 --iterations 90
+  campaign mmaml-robots '2 hours' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, MMAML and ProMP on the ant, a share of the frames'
+  small='--tasks 12 --rollouts 10 --iterations 300'
+  run reacher-4m__mmaml__0__share $small
+  run reacher-4m__mmaml__0__share-promp $small --modulation none
+  run reacher-4m__mmaml__0__share-multi $small --modulation none --oracle
+  run ant-4m__mmaml__0__share --tasks 12 --rollouts 8 --iterations 100
+  run ant-4m__mmaml__0__share-promp --tasks 12 --rollouts 8 --iterations 100 --modulation none
   for env in reacher-4m ant-4m; do figure "$env"; done
 
   campaign mmaml-regression '33 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
@@ -253,8 +263,8 @@ campaigns() {
   run cheetah-vel-noise__rmaml__0__small-alpha --tasks 20 --rollouts 10 --iterations 40 --strategy uniform
   run cheetah-vel-noise__rmaml__0__small-buffer --tasks 20 --rollouts 10 --iterations 40 --alpha-init 0.1 --alpha-0 0
   run cheetah-vel-noise__rmaml__0__small-fixed --tasks 20 --rollouts 10 --iterations 40 --alpha-init 0.33 --alpha-0 0 --strategy uniform
-  run point-2m__mmaml__0__small --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100
-  run point-2m__mmaml__0__small-promp --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
+  run point-2m__mmaml__0__small --preset paper --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100
+  run point-2m__mmaml__0__small-promp --preset paper --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
   run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
   run ml2__sop__{0,1}__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000 --eval-every 1

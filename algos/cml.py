@@ -177,11 +177,11 @@ class GaussianPolicy:
 
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
-        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, last_weight, last_bias, _log_std = parts
+        *hidden, last_w, last_b, _ = (p.unflatten(-1, x) for p, x in zip(theta.split(self.sizes, -1), self.shapes))
+        h = obs
         for weight, bias in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(bias, obs, weight))
-        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
+            h = self.activation(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(last_b, h, last_w), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -221,34 +221,34 @@ def sample(
     args: Args,
 ) -> Batch:  # fmt: skip
     """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
-    n, k, h = len(theta), args.rollouts, args.horizon
+    num_tasks, rollouts, horizon = len(theta), args.rollouts, args.horizon
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     if tasks is None:
         state, _ = env.reset()
     else:
-        copies = tasks[np.repeat(np.arange(n), k)]
+        copies = tasks[np.repeat(np.arange(num_tasks), rollouts)]
         state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
     action_dim = env.single_action_space.shape[0]
-    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
-    obs = theta.new_empty(n, k, h, state.shape[1])
-    action, mean = theta.new_empty(2, n, k, h, action_dim)
-    reward, alive = theta.new_empty(2, n, k, h)
-    done = np.zeros(n * k, bool)
-    for t in range(h):
-        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+    noise = torch.randn(horizon, num_tasks, rollouts, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(num_tasks, rollouts, horizon, state.shape[1])
+    action, mean = theta.new_empty(2, num_tasks, rollouts, horizon, action_dim)
+    reward, alive = theta.new_empty(2, num_tasks, rollouts, horizon)
+    done = np.zeros(num_tasks * rollouts, bool)
+    for t in range(horizon):
+        s = torch.from_numpy(state).to(theta.device).view(num_tasks, rollouts, -1)
         mu, log_std = policy(theta, s)
         a = torch.addcmul(mu, log_std.exp(), noise[t])
         obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
         control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
         state, r, terminated, truncated, info = env.step(control.cpu().numpy())
-        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
-        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(num_tasks, rollouts)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(num_tasks, rollouts)
         done = terminated | truncated
     torch.set_num_threads(threads)
     used = torch.ones_like(log_std)
     if args.mask_pad_actions:
-        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::rollouts, None]).to(theta.device)
     obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
     return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
 
@@ -266,13 +266,13 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 # Copied from algos/maml.py
-def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+def linear_baseline(obs: Tensor, returns: Tensor, taken: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
     tasks, rollouts, steps = returns.shape
     t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
-    x = features * alive.flatten(1)[..., None]
+    x = features * taken.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
         if not failed.any():  # D6
@@ -507,7 +507,7 @@ def mean_returns(batch: Batch, learners: int) -> np.ndarray:
     return batch.reward.double().sum(-1).mean(1).view(learners, -1).cpu().numpy()
 
 
-def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
+def rollouts_of_learner(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
     """D_0 .. D_n of every task under its own learner c_i, [task], out of those of collect_all, [learner x task]."""
     rows = learner * len(learner) + np.arange(len(learner))  # c_i · tasks + i
     return [batch.of(rows) for batch in data]
@@ -515,12 +515,13 @@ def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
 
 def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) -> dict[str, float]:
     """How Eq. (8) divides tasks by scores [learner, task], beside true clusters; a column for each learner."""
-    guess, present, top = score.argmax(0), np.unique(true), np.sort(score, 0)[-2:]  # top: second best, best
-    table = np.array([[((guess == j) & (true == c)).sum() for c in present] for j in range(learners)])
-    metrics = returns_by_cluster(f"{name}/margin", top[-1] - top[0], true)  # 0 for a single learner
+    guess, present = score.argmax(0), np.unique(true)
+    table = np.zeros((learners, true.max() + 1), int)
+    np.add.at(table, (guess, true), 1)
+    metrics = returns_by_cluster(f"{name}/margin", np.ptp(np.sort(score, 0)[-2:], 0), true)  # best less second best
     metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
     if len(present) > 1:
-        metrics |= {f"{name}/tasks_{j}_cluster_{present[k]}": int(n) for (j, k), n in np.ndenumerate(table)}
+        metrics |= {f"{name}/tasks_{j}_cluster_{c}": int(table[j, c]) for j in range(learners) for c in present}
         metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
         metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
         metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
@@ -554,11 +555,11 @@ def evaluate(
     """Every held-out task before and after each gradient step, from the θ_j that did best on other rollouts (D14)."""
     as_trained = max(1, args.inner_steps)
     alphas = [args.alpha if k < as_trained else args.alpha / 2 for k in range(args.eval_steps or as_trained)]  # D9
-    rngs = [torch.Generator().manual_seed(seed + args.seed) for seed in (2 * 10**6, 10**6)]
-    choosing, fresh = (collect_all(env, tasks, policy, theta, alphas, rng, args) for rng in rngs)
-    score = mean_returns(choosing[-1], len(theta))
+    choosing, reported = (torch.Generator().manual_seed(seed + args.seed) for seed in (2 * 10**6, 10**6))
+    score = mean_returns(collect_all(env, tasks, policy, theta, alphas, choosing, args)[-1], len(theta))
     learner = score.argmax(0)  # Eq. (8)
-    data = under(learner, fresh)
+    fresh = collect_all(env, tasks, policy, theta, alphas, reported, args)
+    data = rollouts_of_learner(learner, fresh)
     arrays = dict(
         params=tasks.params, cluster=tasks.cluster, alpha=args.alpha, learner=learner,
         learner_returns=mean_returns(fresh[-1], len(theta)),  # [learner, task], of all
@@ -625,7 +626,7 @@ def train(args: Args, run: "Run") -> None:
         # l. 12-13: the learner of each task, and its D and D'
         scores = mean_returns(data[-1], args.learners)
         learner = assign(scores, tasks, iteration, run.rng, args)
-        data = under(learner, data)
+        data = rollouts_of_learner(learner, data)
 
         # l. 14-20: every learner takes a step on its own tasks, if it has any (D13)
         stats = []

@@ -156,11 +156,11 @@ class GaussianPolicy:
 
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
-        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, last_weight, last_bias, _log_std = parts
+        *hidden, last_w, last_b, _ = (p.unflatten(-1, x) for p, x in zip(theta.split(self.sizes, -1), self.shapes))
+        h = obs
         for weight, bias in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(bias, obs, weight))
-        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
+            h = self.activation(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(last_b, h, last_w), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -200,34 +200,34 @@ def sample(
     args: Args,
 ) -> Batch:  # fmt: skip
     """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
-    n, k, h = len(theta), args.rollouts, args.horizon
+    num_tasks, rollouts, horizon = len(theta), args.rollouts, args.horizon
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     if tasks is None:
         state, _ = env.reset()
     else:
-        copies = tasks[np.repeat(np.arange(n), k)]
+        copies = tasks[np.repeat(np.arange(num_tasks), rollouts)]
         state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
     action_dim = env.single_action_space.shape[0]
-    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
-    obs = theta.new_empty(n, k, h, state.shape[1])
-    action, mean = theta.new_empty(2, n, k, h, action_dim)
-    reward, alive = theta.new_empty(2, n, k, h)
-    done = np.zeros(n * k, bool)
-    for t in range(h):
-        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+    noise = torch.randn(horizon, num_tasks, rollouts, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(num_tasks, rollouts, horizon, state.shape[1])
+    action, mean = theta.new_empty(2, num_tasks, rollouts, horizon, action_dim)
+    reward, alive = theta.new_empty(2, num_tasks, rollouts, horizon)
+    done = np.zeros(num_tasks * rollouts, bool)
+    for t in range(horizon):
+        s = torch.from_numpy(state).to(theta.device).view(num_tasks, rollouts, -1)
         mu, log_std = policy(theta, s)
         a = torch.addcmul(mu, log_std.exp(), noise[t])
         obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
         control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
         state, r, terminated, truncated, info = env.step(control.cpu().numpy())
-        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
-        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(num_tasks, rollouts)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(num_tasks, rollouts)
         done = terminated | truncated
     torch.set_num_threads(threads)
     used = torch.ones_like(log_std)
     if args.mask_pad_actions:
-        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::rollouts, None]).to(theta.device)
     obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
     return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
 
@@ -245,13 +245,13 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 # Copied from algos/maml.py
-def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+def linear_baseline(obs: Tensor, returns: Tensor, taken: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
     tasks, rollouts, steps = returns.shape
     t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
-    x = features * alive.flatten(1)[..., None]
+    x = features * taken.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
         if not failed.any():  # D6
@@ -473,7 +473,7 @@ def collect_all(
     return collect(env_of(len(copies)), copies, policy, theta.repeat_interleave(len(tasks), 0), alphas, rng, args)
 
 
-def full(theta: Tensor) -> Tensor:
+def in_use(theta: Tensor) -> Tensor:
     """Of θ [slot, d] the slots in use [learner, d], which come first."""
     return theta[theta.any(1)]
 
@@ -485,7 +485,7 @@ def mean_returns(batch: Batch, learners: int) -> np.ndarray:
 
 
 # Copied from algos/cml.py
-def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
+def rollouts_of_learner(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
     """D_0 .. D_n of every task under its own learner c_i, [task], out of those of collect_all, [learner x task]."""
     rows = learner * len(learner) + np.arange(len(learner))  # c_i · tasks + i
     return [batch.of(rows) for batch in data]
@@ -494,12 +494,13 @@ def under(learner: np.ndarray, data: list[Batch]) -> list[Batch]:
 # Copied from algos/cml.py
 def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) -> dict[str, float]:
     """How Eq. (8) divides tasks by scores [learner, task], beside true clusters; a column for each learner."""
-    guess, present, top = score.argmax(0), np.unique(true), np.sort(score, 0)[-2:]  # top: second best, best
-    table = np.array([[((guess == j) & (true == c)).sum() for c in present] for j in range(learners)])
-    metrics = returns_by_cluster(f"{name}/margin", top[-1] - top[0], true)  # 0 for a single learner
+    guess, present = score.argmax(0), np.unique(true)
+    table = np.zeros((learners, true.max() + 1), int)
+    np.add.at(table, (guess, true), 1)
+    metrics = returns_by_cluster(f"{name}/margin", np.ptp(np.sort(score, 0)[-2:], 0), true)  # best less second best
     metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
     if len(present) > 1:
-        metrics |= {f"{name}/tasks_{j}_cluster_{present[k]}": int(n) for (j, k), n in np.ndenumerate(table)}
+        metrics |= {f"{name}/tasks_{j}_cluster_{c}": int(table[j, c]) for j in range(learners) for c in present}
         metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
         metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
         metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
@@ -552,14 +553,14 @@ def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[
 
 def evaluate(env_of: Callable, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, args: Args) -> tuple:
     """Every held-out task before and after each gradient step, from the θ_j that did best on other rollouts (D14)."""
-    theta = full(theta)
+    theta = in_use(theta)
     as_trained = max(1, args.inner_steps)
     alphas = [args.alpha if k < as_trained else args.alpha / 2 for k in range(args.eval_steps or as_trained)]  # D9
-    rngs = [torch.Generator().manual_seed(seed + args.seed) for seed in (2 * 10**6, 10**6)]
-    choosing, fresh = (collect_all(env_of, tasks, policy, theta, alphas, rng, args) for rng in rngs)
-    score = mean_returns(choosing[-1], len(theta))
+    choosing, reported = (torch.Generator().manual_seed(seed + args.seed) for seed in (2 * 10**6, 10**6))
+    score = mean_returns(collect_all(env_of, tasks, policy, theta, alphas, choosing, args)[-1], len(theta))
     learner = score.argmax(0)  # Eq. (8)
-    data = under(learner, fresh)
+    fresh = collect_all(env_of, tasks, policy, theta, alphas, reported, args)
+    data = rollouts_of_learner(learner, fresh)
     arrays = dict(
         params=tasks.params, cluster=tasks.cluster, alpha=args.alpha, learner=learner,
         learner_returns=mean_returns(fresh[-1], len(theta)),  # [learner, task], of all
@@ -591,7 +592,7 @@ def train(args: Args, run: "Run") -> None:
     for iteration in run.loop(args.iterations, dict(agent=agent), evaluation):
         # l. 2: fresh tasks (D10)
         tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))
-        m = len(full(theta))
+        m = len(in_use(theta))
 
         # l. 5-11: every learner samples D in every task, adapts, and samples D'
         with run.timer("sample"):
@@ -601,17 +602,18 @@ def train(args: Args, run: "Run") -> None:
         # l. 12-13: the learner of each task, and its D and D'
         scores = mean_returns(data[-1], m)
         learner = scores.argmax(0)  # Eq. (8)
-        data = under(learner, data)
+        data = rollouts_of_learner(learner, data)
 
         # l. 14-15: θ'', does the further step still help?
         g, confirmed, tuning_returns = np.zeros(args.tasks), 0.0, []
         may_found = iteration - born.numpy(force=True)[learner] > args.warmup  # D16
         if may_found.any() and m < args.max_learners:
             with run.timer("sample"):
-                thetas = [theta[learner]]  # θ_0 .. θ_n = θ' as above, and θ'': a step along each of D_0 .. D_n
-                for batch in data:
-                    thetas.append(adapt(policy, thetas[-1], batch, args.alpha, args))  # D19
-                last = sample(env, tasks, policy, thetas[-1], run.rng, args)  # D19
+                adapted = theta[learner]
+                for batch in data[:-1]:
+                    adapted = adapt(policy, adapted, batch, args.alpha, args)  # θ', as above
+                further = adapt(policy, adapted, data[-1], args.alpha, args)  # θ'', D19
+                last = sample(env, tasks, policy, further, run.rng, args)  # D19
             run.frames += int(last.taken.sum())
             g = may_found * gain(mean_returns(last, 1)[0], mean_returns(data[-1], 1)[0], args)  # Eq. (10), D15
 
@@ -619,7 +621,7 @@ def train(args: Args, run: "Run") -> None:
         i = int(g.argmax())
         if g[i] > args.epsilon:  # so g was measured: it is 0 otherwise
             with run.timer("sample"):
-                pair = torch.stack(thetas[-2:])[:, i]  # θ', θ''
+                pair = torch.stack([adapted[i], further[i]])
                 tuned, confirmed, tuning_returns, frames = tune(env_of, tasks[[i]], policy, pair, run.rng, args)
             run.frames += frames
         if confirmed > args.epsilon:
@@ -636,7 +638,7 @@ def train(args: Args, run: "Run") -> None:
         metrics = returns_by_step("train/return_step", data, tasks.cluster)
         metrics |= {key: sum(stat[key] for stat in stats) / len(stats) for key in stats[0]}
         metrics |= clustering("fcml", scores, tasks.cluster, args.max_learners) | {"fcml/skipped": m - len(stats)}
-        metrics |= returns_by_cluster("fcml/gain", g, tasks.cluster) | {"fcml/learners": len(full(theta))}
+        metrics |= returns_by_cluster("fcml/gain", g, tasks.cluster) | {"fcml/learners": len(in_use(theta))}
         metrics |= returns_by_cluster("fcml/candidates", g > args.epsilon, tasks.cluster)
         metrics |= {"fcml/tuned": len(tuning_returns), "fcml/gain_max": g[i], "fcml/gain_confirmed": confirmed}
         metrics |= {"fcml/founder_cluster": int(tasks.cluster[i]) if confirmed > args.epsilon else -1}

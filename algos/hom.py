@@ -153,11 +153,11 @@ class GaussianPolicy:
 
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
-        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, last_weight, last_bias, _log_std = parts
+        *hidden, last_w, last_b, _ = (p.unflatten(-1, x) for p, x in zip(theta.split(self.sizes, -1), self.shapes))
+        h = obs
         for weight, bias in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(bias, obs, weight))
-        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
+            h = self.activation(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(last_b, h, last_w), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -197,34 +197,34 @@ def sample(
     args: Args,
 ) -> Batch:  # fmt: skip
     """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
-    n, k, h = len(theta), args.rollouts, args.horizon
+    num_tasks, rollouts, horizon = len(theta), args.rollouts, args.horizon
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     if tasks is None:
         state, _ = env.reset()
     else:
-        copies = tasks[np.repeat(np.arange(n), k)]
+        copies = tasks[np.repeat(np.arange(num_tasks), rollouts)]
         state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
     action_dim = env.single_action_space.shape[0]
-    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
-    obs = theta.new_empty(n, k, h, state.shape[1])
-    action, mean = theta.new_empty(2, n, k, h, action_dim)
-    reward, alive = theta.new_empty(2, n, k, h)
-    done = np.zeros(n * k, bool)
-    for t in range(h):
-        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+    noise = torch.randn(horizon, num_tasks, rollouts, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(num_tasks, rollouts, horizon, state.shape[1])
+    action, mean = theta.new_empty(2, num_tasks, rollouts, horizon, action_dim)
+    reward, alive = theta.new_empty(2, num_tasks, rollouts, horizon)
+    done = np.zeros(num_tasks * rollouts, bool)
+    for t in range(horizon):
+        s = torch.from_numpy(state).to(theta.device).view(num_tasks, rollouts, -1)
         mu, log_std = policy(theta, s)
         a = torch.addcmul(mu, log_std.exp(), noise[t])
         obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
         control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
         state, r, terminated, truncated, info = env.step(control.cpu().numpy())
-        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
-        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(num_tasks, rollouts)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(num_tasks, rollouts)
         done = terminated | truncated
     torch.set_num_threads(threads)
     used = torch.ones_like(log_std)
     if args.mask_pad_actions:
-        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::rollouts, None]).to(theta.device)
     obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
     return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
 
@@ -242,13 +242,13 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 # Copied from algos/maml.py
-def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+def linear_baseline(obs: Tensor, returns: Tensor, taken: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
     tasks, rollouts, steps = returns.shape
     t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
-    x = features * alive.flatten(1)[..., None]
+    x = features * taken.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
         if not failed.any():  # D6
@@ -494,31 +494,31 @@ def transitions(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args)
     weight = kept / (kept.sum(-1, keepdim=True).clamp(min=1) * args.embed_rollouts)  # of a step in E
     mean = (weight * batch.reward).sum((1, 2), True) / weight.sum((1, 2), True).clamp(min=1e-8)
     reward = (batch.reward - args.centre * mean) * batch.taken
-    r = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
+    weighted = reward / (reward.abs().amax((1, 2), keepdim=True) + 1e-8) * weight  # D14
     if args.embedding == "state-next-state":
         v = torch.cat([batch.obs, batch.obs.roll(-1, dims=1)], dim=-1)  # s'; another episode's where r is 0 (D16)
-        return [(v, torch.ones_like(v[..., :1]))], r.flatten(1)  # Eq. (9)
+        return [(v, torch.ones_like(v[..., :1]))], weighted.flatten(1)  # Eq. (9)
     pairs = layer_gradients(policy, theta, batch)
     if args.embedding == "diagonal":
         pairs = [(x**2, g**2) for x, g in pairs]
     if args.embedding == "last-layer":
         pairs = pairs[-2:-1]  # without log σ
-    return pairs, r.flatten(1)  # D15
+    return pairs, weighted.flatten(1)  # D15
 
 
-def inner_products(one: tuple[list, Tensor], two: tuple[list, Tensor], args: Args) -> Tensor:
-    """⟨φ_i, φ_j⟩ of the tasks of one and of two, from their transitions: [task of one, task of two]."""
+def inner_products(left: tuple[list, Tensor], right: tuple[list, Tensor], args: Args) -> Tensor:
+    """⟨φ_i, φ_j⟩ of the tasks of left and of right, from their transitions: [task of left, task of right]."""
 
     def phi(v: list, r: Tensor) -> Tensor:  # itself [task, d], as in Eq. (10)
         return torch.cat([((r[..., None] * x).mT @ g).flatten(1) for x, g in v], dim=1)
 
     if args.embedding in ("diagonal", "gradient"):
-        return phi(*one) @ phi(*two).T
-    (pairs, r), (pairs_2, r_2) = one, two
-    products = torch.zeros(len(r), len(r_2)).to(r)
+        return phi(*left) @ phi(*right).T
+    (left, r), (right, s) = left, right
+    products = torch.zeros(len(r), len(s)).to(r)
     for i, j in np.ndindex(products.shape):
-        dot = sum((x[i] @ x_2[j].T) * (g[i] @ g_2[j].T) for (x, g), (x_2, g_2) in zip(pairs, pairs_2))  # v_t·v_u
-        products[i, j] = r[i] @ dot**2 @ r_2[j]  # Eq. (11)
+        dot = sum((x[i] @ y[j].T) * (g[i] @ h[j].T) for (x, g), (y, h) in zip(left, right))  # v_t·v_u
+        products[i, j] = r[i] @ dot**2 @ s[j]  # Eq. (11)
     return products
 
 
@@ -532,7 +532,7 @@ def ward(products: Tensor, clusters: int) -> np.ndarray:
 def assign(policy: GaussianPolicy, agent: nn.ParameterDict, batch: Batch, args: Args) -> np.ndarray:
     """Eq. (12): the member of every task in which the probe met the batch."""
     new = transitions(policy, agent["theta"][0], batch, args)
-    known = transitions(policy, agent["theta"][0], Batch(*(agent[name] for name in Batch._fields[:-1])), args)
+    known = transitions(policy, agent["theta"][0], Batch(**{x: agent[x] for x in Batch._fields[:-1]}), args)
     cross = inner_products(new, known, args)
     of_member = [agent["member"] == k for k in range(1, args.clusters + 1)]  # [training task] bool each
     distances = [agent["products"][m][:, m].mean() - 2 * cross[:, m].mean(1) for m in of_member]  # ‖φ - c_k‖² - ‖φ‖²
@@ -565,11 +565,11 @@ def evaluate(
     rng = torch.Generator().manual_seed(10**6 + args.seed)
     theta, member, alpha = agent["theta"], agent["member"].cpu().numpy(), args.alpha
     alphas = [alpha if k < args.inner_steps else alpha / 2 for k in range(args.eval_steps or args.inner_steps)]  # D9
-    learner = np.zeros(len(tasks), int)  # the probe, until there is a herd
+    learner, few = np.zeros(len(tasks), int), args  # the probe, until there is a herd
     if member.any():
         learner = assign(policy, agent, observe(make_env, tasks, policy, theta[0], rng, args), args)  # Alg. 2, l. 1-2
-        args = replace(args, rollouts=args.rollouts - args.embed_rollouts)  # D13
-    data = collect(make_env(len(tasks) * args.rollouts), tasks, policy, theta[learner], alphas, rng, args)  # l. 3
+        few = replace(args, rollouts=args.rollouts - args.embed_rollouts)  # D13
+    data = collect(make_env(len(tasks) * few.rollouts), tasks, policy, theta[learner], alphas, rng, few)  # l. 3
 
     counts = {m: np.bincount(pool.cluster[member == m]) for m in np.unique(member)}  # a member's tasks by true cluster
     right = [counts[m].argmax() == c for m, c in zip(learner, tasks.cluster)]

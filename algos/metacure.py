@@ -7,10 +7,7 @@ Objective    Eq. (1)  q_φ(z|c_0 .. c_i) = N(m_i, diag v_i) after every token of
              Eq. (2)  KL = mean over tasks and i of KL(q_φ(z|c_0 .. c_i) ‖ N(0, I))
              Eq. (3)  y = ρ r + (1 - d) γ V̄(s',z'), d = 1 at a fall
              Eq. (4)  min over φ, Q:  Σ_j (Q_j(s,a,z) - y)² + β KL, with z = z' ~ q_φ(z|c_0 .. c_i)
-             Eq. (5)  ã = tanh(u), u = m(s,z) + σ(s,z) ε, ε ~ N(0,I);  ln π(ã|s,z) = Σ ln N(u; m,σ²) - ln(1 - ã² + 1e-6)
-             Eq. (6)  min over V:  (V(s,z) - [min_j Q_j(s,ã,z) - ln π(ã|s,z)])²
-             Eq. (7)  min over π:  ln π(ã|s,z) - min_j Q_j(s,ã,z) + 1e-3 (mean m² + mean ln²σ)
-             Eq. (8)  V̄ <- (1 - τ) V̄ + τ V
+             Eq. (5)-(8)  soft actor-critic, pearl.py's: ã = tanh(m(s,z) + σ(s,z) ε), ε ~ N(0,I); V̄ slowly after V
              Eq. (9)  e_D = (D(b,s,a) - r)²,  e_P = (P(k,s,a) - r)², k the id of a training task; with --dynamics, D and
                       P predict s' too, and its mean square error is added;    Eq. (10) min over D, P:  e_D + e_P
              Eq. (11) r + λ (e_D - e_P): the explorer is paid where the id tells more of the outcome than b does
@@ -153,6 +150,7 @@ FAST = {
     ),
 }  # fmt: skip
 MAY_BE_0 = ("seed", "num_threads", "initial_steps")
+FEW = 100  # with fewer training tasks each has a P of its own (D12)
 
 
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
@@ -246,7 +244,7 @@ def actor_critic(state: int, action_dim: int, args: Args) -> nn.ModuleDict:
 
 def make_agent(obs_dim: int, action_dim: int, args: Args) -> nn.ModuleDict:
     known, outcome = obs_dim + action_dim, 1 + args.dynamics * obs_dim  # what D and P are given, and predict
-    ids, copies = (0, args.train_tasks) if args.train_tasks < 100 else (args.train_tasks, 1)  # D12
+    ids, copies = (0, args.train_tasks) if args.train_tasks < FEW else (args.train_tasks, 1)  # width, networks of P
     agent = nn.ModuleDict(dict(
         encoder=Encoder(known + 1, args),
         exploiter=actor_critic(obs_dim + args.latent_dim, action_dim, args),
@@ -328,11 +326,11 @@ def explore(
     """Alg. 2, l. 1 on each of the tasks: the E episodes, and the context [task, E (H+1), ·]; noise [E, H, task, ·]."""
     episodes, seen, everyone = [], [], np.ones(len(tasks), bool)
 
-    def b(now: Tensor) -> Tensor:  # [task, 2 latent_dim], after the episodes seen, which grow, and this one so far
+    def b(seen: list[Tensor], now: Tensor) -> Tensor:  # [task, 2 latent_dim], after these episodes and this one so far
         return belief(posterior(agent["encoder"], torch.cat([*seen, now], dim=1).to(noise.device)))[:, -1]
 
     for seed, eps in zip(seeds, noise):
-        e = rollout(env, tasks, agent["explorer"]["policy"], b, seed, eps, everyone, refresh)
+        e = rollout(env, tasks, agent["explorer"]["policy"], partial(b, seen), seed, eps, everyone, refresh)
         episodes.append(e)
         seen.append(tokens(e.obs, e.action, e.reward))
     return episodes, torch.cat(seen, dim=1)
@@ -404,15 +402,16 @@ def kl_to_prior(q: Normal, as_code: bool) -> Tensor:
     return kl_divergence(q, Normal(torch.zeros_like(q.mean), 1.0, validate_args=False)).sum(-1).mean()
 
 
-def prediction_errors(agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b: Tensor) -> tuple[Tensor, Tensor]:
+def prediction_errors(
+    agent: nn.ModuleDict, tasks: Tensor, batch: Transitions, b: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
     """e_D and e_P of Eq. (9), [row] each, of a batch [row, ·] that has one task after the other, and b [row, ·]."""
     x, n, predictor = torch.cat([batch.obs, batch.action], dim=-1), len(b) // len(tasks), agent["predictor"]
     by_belief = agent["decoder"](b, x)[0]
-    one_hot = predictor.nets[0][0].in_features - x.shape[1]  # its width
-    if one_hot == 0:  # a network a task (D12)
+    if args.train_tasks < FEW:
         by_id = torch.cat([predictor.nets[k](rows) for k, rows in zip(tasks.tolist(), x.split(n))])
     else:
-        by_id = predictor(F.one_hot(tasks, one_hot).repeat_interleave(n, dim=0), x)[0]
+        by_id = predictor(F.one_hot(tasks, args.train_tasks).repeat_interleave(n, dim=0), x)[0]
     outcome = torch.cat([batch.reward, batch.next_obs], dim=-1)[:, : by_id.shape[1]]  # r; (r, s') with --dynamics
     squares = [(prediction - outcome).square() for prediction in (by_belief, by_id)]
     e_d, e_p = (error[:, 0] + error[:, 1:].sum(-1) / batch.obs.shape[1] for error in squares)  # the sum: 0 without s'
@@ -562,7 +561,7 @@ def gradient_step(learner: Learner, rng: torch.Generator) -> dict[str, Tensor]:
     z, kl = draw(q_z, rng).flatten(0, 1), kl_to_prior(q_z, args.kl_as_code)
     exploiter = soft_actor_critic(learner, "exploiter", batch, z, z, noise[0], kl)
 
-    e_d, e_p = prediction_errors(agent, tasks.to(args.device), batch, b)  # Alg. 1, l. 5
+    e_d, e_p = prediction_errors(agent, tasks.to(args.device), batch, b, args)  # Alg. 1, l. 5
     step(learner.adam["predictions"], (e_d + e_p).mean())  # Eq. (10)
 
     gain = (e_d - e_p).detach()[:, None]

@@ -5,8 +5,8 @@ Official code: github.com/zdchu/MiLEt. Written from the paper; the numbered devi
 Objective    max over θ, ω:  E[ Σ_t ELBO_t - λ_I L_I - λ_P L_P ]                                               Eq. (8)
              ELBO_t = E_q[ln p_ω(τ+|z)] - E_q(c)[KL(q_θ(z|c,τ:t) ‖ p_ω(z|c))] - KL(q_θ(c|τ:t) ‖ p(c))          Eq. (4)
 Algorithm 1  l. 3-4 sample tasks, collect -> train, run_trial  l. 5    insert into V -> TrialBuffer.add
-             l. 6   r_h and r_c -> exploration_bonus           l. 7-8  train πψ and πφ by PPO -> ppo_update
-             l. 9-10 update θ, ω on a batch of V -> vae_update, elbo_loss
+             l. 6   r_h, r_c, Eq. (10)-(13) -> exploration_bonus  l. 7-8  πψ on Eq. (12), πφ on Eq. (1) -> ppo_update
+             l. 9-10 θ, ω on a batch of V, Eq. (4)-(8) -> vae_update, elbo_loss
 Algorithm 2  a trial on given tasks -> run_trial (at meta-test, evaluate calls it with test=True)
 
   one trial        |  exploration episode, H steps, πψ  |  exploitation episode, H steps, πφ  |  next trial
@@ -35,7 +35,7 @@ Deviations from the paper (P) or the official code (C)
       [-10, 10], from iteration 1 on, no flag: unless --keep-terminal nothing trains its weight, on which V(s_H) hangs.
   D12 Both are silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t: never s_0 nor s'_0; t is random.
-  D14 Where all steps of an episode pay the same, C's normalised advantages are V's errors; here only V's loss counts.
+  D14 Where all steps pay the same (πψ's never do, for its bonuses), C's advantages are V's errors; here only V learns.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.
@@ -384,7 +384,7 @@ def run_trial(
     obs = explore.obs[-1].numpy() if args.keep_terminal else start  # D4
     exploit, _ = rollout(env, obs, agent["phi"], encoder, memory, args, test)
     torch.set_num_threads(threads)
-    keep = fine & ~env.unwrapped.broke | test  # D12
+    keep = (fine & ~env.unwrapped.broke) | test  # D12; in a test every task keeps its row
     if not keep.any():
         raise FloatingPointError("the physics diverged in all trials")
     return tuple(Episode(*(x[:, keep] for x in episode)) for episode in (explore, exploit))
@@ -517,7 +517,7 @@ def ppo_update(
         policy.stats.update(obs[:-1, :, :-1])  # D11
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
-    size, paid, diagnostics = reward.numel() // args.minibatches, bool(reward.min() < reward.max()), []  # D14
+    size, paid, diagnostics = reward.numel() // args.minibatches, bool(reward.min() < reward.max()), []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
             state, b, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
@@ -529,8 +529,9 @@ def ppo_update(
             huber = [F.smooth_l1_loss(v, target, reduction="none") for v in (value, clipped_value)]
             critic_loss = 0.5 * torch.maximum(*huber).mean()
             entropy = pi.entropy().sum(-1).mean()
+            loss = policy_loss + args.value_coef * critic_loss - entropy_coef * entropy
             optimizer.zero_grad()
-            (policy_loss + args.value_coef * critic_loss - entropy_coef * entropy if paid else critic_loss).backward()
+            (loss if paid else critic_loss).backward()  # D14
             nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
             approx_kl, clip_fraction = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > args.clip).float().mean()
@@ -552,11 +553,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """One trial of every held-out task (Algorithm 2): the metrics, and the arrays of eval.npz."""
     explore, exploit = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
-    metrics = {}
+    guess, metrics = explore.q.argmax(-1).numpy(), {}  # [H+1, task]
     for k, episode in enumerate((explore, exploit), start=1):
         returns = episode.reward.double().sum(0).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
-    guess = explore.q.argmax(-1).numpy()  # [H+1, task]
     metrics["eval/belief_entropy"] = -(explore.q[-1] * (explore.q[-1] + 1e-8).log()).sum(-1).mean()
     metrics["eval/clusters_used"] = len(np.unique(guess[-1]))
     if len(np.unique(tasks.cluster)) > 1:
@@ -567,10 +567,10 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
     obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(explore, exploit))
     mean, var = np.split(belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
     trace = obs[..., :-1][..., :2]  # without the done flag
-    weights = torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy()
     arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=trace, action=action)
     arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var), embedding=mean[0, -1])
-    return {k: float(v) for k, v in metrics.items()}, arrays | dict(reward_weights=weights)
+    arrays |= dict(reward_weights=torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy())
+    return {k: float(v) for k, v in metrics.items()}, arrays
 
 
 # == Training ==========================================================================================================

@@ -33,6 +33,7 @@ Deviations from the paper (P) or C
      presets of the environments of one data set. --oracle is one run of M learners, which share the tasks.
   D7 C leaves the validation classes unused; here they are scored beside the test classes.
   D8 P's Alg. 1 sums the losses over tasks; here their mean, as C.
+  D9 C does not clip the meta-gradient; here neither, but in the fast preset (--outer-clip).
 
 Tested       python algos/mmaml_classification.py --num-threads 1   (drawn-3m, 720,000 images, 12 minutes of a shared
              core of an AMD EPYC, seed 0): accuracy 0.75 in new classes, chance 0.20 (digits 0.79, letters 0.49, stripes
@@ -111,6 +112,7 @@ class Args:
     channels: tuple[int, ...] = (32, 64, 128, 256)  # channels of the convolutions of both networks
     embedding: int = 128  # size of υ (not used with --modulation none)
     lr: float = 1e-3  # β, learning rate of Adam
+    outer_clip: float = 0.0  # largest norm of the meta-gradient of a learner, and of ω (0: no limit)
 
 
 MULTI_MAML = dict(modulation="none", tasks=4, iterations=80000, alpha=0.01)  # C's runs on one data set (D6)
@@ -118,9 +120,8 @@ PAPER: dict[str, dict] = {
     "omniglot": dict(modulation="none", alpha=0.4, inner_steps=1),
     **dict.fromkeys(("mini-imagenet", "fc100", "cub", "aircraft"), MULTI_MAML),
 }
-FAST: dict[str, dict] = {
-    "drawn-3m": dict(img_size=28, channels=(16, 32, 64, 64), embedding=64, tasks=6, iterations=1500, eval_every=100)
-}
+SMALL = dict(img_size=28, channels=(16, 32, 64, 64), embedding=64)
+FAST: dict[str, dict] = {"drawn-3m": SMALL | dict(tasks=6, outer_clip=2.0, iterations=1500, eval_every=100)}
 MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 
 
@@ -130,13 +131,14 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         f"--env must be of images (drawn-3m, images-2m, ...), not a {env.__name__}": issubclass(env, FewShot),
         f"--tasks must be at least {env.num_clusters}, which hold every data set": args.tasks >= env.num_clusters,
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
+        f"--oracle needs several data sets, and {args.env} has one": not args.oracle or env.num_clusters > 1,
         "--encoder-labels needs a --modulation": not args.encoder_labels or args.modulation != "none",
         "--ways must be at least 2": args.ways >= 2,
         "--channels must name at least one layer": len(args.channels) > 0,
         "--shots must be less than --horizon": args.shots < args.horizon,
         "--eval-episodes must be from 2 to 1000": 2 <= args.eval_episodes <= 1000,
         "--alpha and --lr must be positive": min(args.alpha, args.lr) > 0,
-        "--inner-clip must be at least 0": args.inner_clip >= 0,
+        "--inner-clip and --outer-clip must be at least 0": min(args.inner_clip, args.outer_clip) >= 0,
     }
 
 
@@ -361,7 +363,7 @@ class DataSet:
     """The images of one mode, brought to one size, and kept once they were read."""
 
     def __init__(self, reader: Callable[[Path], dict[str, Classes]], args: Args):
-        self.name, self.size, self.read_before = reader.__name__, args.img_size, {}
+        self.name, self.size, self.cache = reader.__name__, args.img_size, {}
         with blame(f"{self.name}, read from {reader.__doc__} (--data {args.data})"):
             parts = reader(Path(args.data))
             for part, classes in parts.items():
@@ -371,15 +373,15 @@ class DataSet:
     def image(self, part: str, number: int, index: int) -> np.ndarray:
         """[S, S, 3] uint8."""
         key = part, number, index
-        if key not in self.read_before:
+        if key not in self.cache:
             item = self.classes[part][number][index]
             with blame(f"an image of {self.name}, {item if isinstance(item, Path) else key}"):
                 image = Image.open(item) if isinstance(item, Path) else Image.fromarray(item)
                 if self.name == "omniglot":
                     image = image.convert("L").point(lambda v: 255 - v)  # strokes become bright
                 image = image.convert("RGB").resize((self.size, self.size), Image.BILINEAR)  # D4
-            self.read_before[key] = np.asarray(image)
-        return self.read_before[key]
+            self.cache[key] = np.asarray(image)
+        return self.cache[key]
 
     def draw(self, seed: int, part: str, args: Args) -> np.ndarray:
         """K + Q images of each of N classes, whose order is their labels: [N, K + Q, S, S, 3] uint8."""
@@ -528,8 +530,20 @@ def meta_step(
         loss = loss_of(logits, own_query.y)
         loss.mean().backward()  # Eq. (5), D8
         hits[mine], losses[mine] = accuracy(logits, own_query.y).cpu(), loss.detach().cpu()
+    norms = clip_gradients(agent, args)  # D9
     adam.step()
-    return hits, {"train/loss": losses.mean()}
+    return hits, {"train/loss": losses.mean()} | norms
+
+
+# Copied from algos/mmaml_regression.py
+def clip_gradients(agent: nn.ModuleDict, args: Args) -> dict[str, float]:
+    """Clip the meta-gradients of every learner and of ω by their norms -> what these were."""
+    groups = {f"theta_{m}": net for m, net in enumerate(agent["theta"])}
+    if "omega" in agent:
+        groups["omega"] = agent["omega"]
+    limit = args.outer_clip or math.inf
+    norms = {k: nn.utils.clip_grad_norm_(part.parameters(), limit) for k, part in groups.items()}
+    return {f"adam/gradient_{k}": norm.item() for k, norm in norms.items()}
 
 
 # == Evaluation ========================================================================================================

@@ -100,7 +100,7 @@ class Args:
     hidden: tuple[int, ...] = (100, 100, 100)  # widths of the task network's hidden layers
     lstm_hidden: int = 40  # width of the LSTM, in each direction (not used with --modulation none)
     lr: float = 1e-3  # β, learning rate of Adam
-    outer_clip: float = 2.0  # largest norm of the meta-gradient, of a learner and of the modulation network each
+    outer_clip: float = 2.0  # largest norm of the meta-gradient of a learner, and of ω (0: no limit)
 
 
 PAPER: dict[str, dict] = {"functions-2m": dict(tasks=50), "functions-3m": dict(tasks=75)}  # 25 tasks of every family
@@ -120,8 +120,8 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         "--modulated-layers, --no-sort and --lstm-hidden need a --modulation": idle or args.modulation != "none",
         "--bias-dim needs --modulation none (D3)": args.bias_dim == Args.bias_dim or args.modulation == "none",
         "--shots must be less than --horizon": args.shots < args.horizon,
-        "--alpha, --lr and --outer-clip must be positive": min(args.alpha, args.lr, args.outer_clip) > 0,
-        "--inner-clip must be at least 0": (args.inner_clip or 0) >= 0,
+        "--alpha and --lr must be positive": min(args.alpha, args.lr) > 0,
+        "--inner-clip and --outer-clip must be at least 0": min(args.inner_clip or 0, args.outer_clip) >= 0,
     }
 
 
@@ -422,17 +422,18 @@ def meta_step(
         before, after = (squared_error(predict(thetas[k], own_query.x, tau, args)[0], own_query.y) for k in (0, -1))
         after.mean().backward()  # Eq. (5)
         errors[:, mine] = torch.stack([before, after]).detach()
-    norms = clip_gradients(agent, args)
+    norms = clip_gradients(agent, args)  # D4
     adam.step()
     return errors, norms
 
 
 def clip_gradients(agent: nn.ModuleDict, args: Args) -> dict[str, float]:
-    """Clip the meta-gradients of every learner and of ω by their norms (D4) -> what these were."""
+    """Clip the meta-gradients of every learner and of ω by their norms -> what these were."""
     groups = {f"theta_{m}": net for m, net in enumerate(agent["theta"])}
     if "omega" in agent:
         groups["omega"] = agent["omega"]
-    norms = {k: nn.utils.clip_grad_norm_(part.parameters(), args.outer_clip) for k, part in groups.items()}
+    limit = args.outer_clip or math.inf
+    norms = {k: nn.utils.clip_grad_norm_(part.parameters(), limit) for k, part in groups.items()}
     return {f"adam/gradient_{k}": norm.item() for k, norm in norms.items()}
 
 

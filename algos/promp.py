@@ -162,11 +162,11 @@ class GaussianPolicy:
 
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
-        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, last_weight, last_bias, _log_std = parts
+        *hidden, last_w, last_b, _ = (p.unflatten(-1, x) for p, x in zip(theta.split(self.sizes, -1), self.shapes))
+        h = obs
         for weight, bias in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(bias, obs, weight))
-        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
+            h = self.activation(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(last_b, h, last_w), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -206,34 +206,34 @@ def sample(
     args: Args,
 ) -> Batch:  # fmt: skip
     """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
-    n, k, h = len(theta), args.rollouts, args.horizon
+    num_tasks, rollouts, horizon = len(theta), args.rollouts, args.horizon
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     if tasks is None:
         state, _ = env.reset()
     else:
-        copies = tasks[np.repeat(np.arange(n), k)]
+        copies = tasks[np.repeat(np.arange(num_tasks), rollouts)]
         state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
     action_dim = env.single_action_space.shape[0]
-    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
-    obs = theta.new_empty(n, k, h, state.shape[1])
-    action, mean = theta.new_empty(2, n, k, h, action_dim)
-    reward, alive = theta.new_empty(2, n, k, h)
-    done = np.zeros(n * k, bool)
-    for t in range(h):
-        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+    noise = torch.randn(horizon, num_tasks, rollouts, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(num_tasks, rollouts, horizon, state.shape[1])
+    action, mean = theta.new_empty(2, num_tasks, rollouts, horizon, action_dim)
+    reward, alive = theta.new_empty(2, num_tasks, rollouts, horizon)
+    done = np.zeros(num_tasks * rollouts, bool)
+    for t in range(horizon):
+        s = torch.from_numpy(state).to(theta.device).view(num_tasks, rollouts, -1)
         mu, log_std = policy(theta, s)
         a = torch.addcmul(mu, log_std.exp(), noise[t])
         obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
         control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
         state, r, terminated, truncated, info = env.step(control.cpu().numpy())
-        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
-        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(num_tasks, rollouts)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(num_tasks, rollouts)
         done = terminated | truncated
     torch.set_num_threads(threads)
     used = torch.ones_like(log_std)
     if args.mask_pad_actions:
-        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::rollouts, None]).to(theta.device)
     obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
     return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
 
@@ -251,13 +251,13 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 # Copied from algos/maml.py
-def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+def linear_baseline(obs: Tensor, returns: Tensor, taken: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
     tasks, rollouts, steps = returns.shape
     t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
-    x = features * alive.flatten(1)[..., None]
+    x = features * taken.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
         if not failed.any():  # D6
@@ -297,8 +297,8 @@ def log_prob(mean: Tensor, log_std: Tensor, batch: Batch) -> Tensor:
 def surrogate(mean: Tensor, log_std: Tensor, batch: Batch, clip: float = math.inf) -> Tensor:
     """E_D[-min(ρ A, clip(ρ) A)] of Eq. (3), without clip E_D[-ρ A] of Eq. (1), [task]; π_old sampled the batch."""
     ratio = (log_prob(mean, log_std, batch) - log_prob(batch.mean, batch.log_std, batch)).exp()  # ρ
-    gain = torch.minimum(ratio * batch.advantage, ratio.clamp(1 - clip, 1 + clip) * batch.advantage)
-    return -(batch.weight * gain).sum((1, 2))
+    clipped = torch.minimum(ratio * batch.advantage, ratio.clamp(1 - clip, 1 + clip) * batch.advantage)
+    return -(batch.weight * clipped).sum((1, 2))
 
 
 def inner_loss(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Args) -> Tensor:

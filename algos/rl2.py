@@ -342,7 +342,7 @@ def run_trial(
     obs = with_flag(env.reset()[0])
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
-    keep = fine & ~env.unwrapped.broke | test  # D8
+    keep = (fine & ~env.unwrapped.broke) | test  # D8; in a test every task keeps its row
     if not keep.any():
         raise FloatingPointError("the physics diverged in all trials")
     return tuple(Episode(*(x[:, keep] for x in episode)) for episode in (first, second))
@@ -410,17 +410,15 @@ def ppo_update(
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         old = policy(whole.belief[:-1])[0].log_prob(whole.sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (whole.sample, old, value[:-1], returns, advantage)]
-    size = reward.numel() // args.minibatches
-    diagnostics = []
+    size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
+        for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
             h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
             u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
             pi, value = policy(encoder.belief(h))  # D3
             log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # ρ of Eq. (2)
-            clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-            policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
+            policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
             clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
             huber = [F.smooth_l1_loss(v, target, reduction="none") for v in (value, clipped_value)]
             critic_loss = 0.5 * torch.maximum(*huber).mean()  # Eq. (3)

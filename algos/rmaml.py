@@ -165,11 +165,11 @@ class GaussianPolicy:
 
     def __call__(self, theta: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
         """theta [task, d], obs [task, row, obs_dim] -> mean [task, row, action_dim], log σ [task, 1, action_dim]."""
-        parts = [p.unflatten(-1, shape) for p, shape in zip(theta.split(self.sizes, -1), self.shapes)]
-        *hidden, last_weight, last_bias, _log_std = parts
+        *hidden, last_w, last_b, _ = (p.unflatten(-1, x) for p, x in zip(theta.split(self.sizes, -1), self.shapes))
+        h = obs
         for weight, bias in zip(hidden[::2], hidden[1::2]):
-            obs = self.activation(torch.baddbmm(bias, obs, weight))
-        return torch.baddbmm(last_bias, obs, last_weight), self.log_std(theta)[:, None]
+            h = self.activation(torch.baddbmm(bias, h, weight))
+        return torch.baddbmm(last_b, h, last_w), self.log_std(theta)[:, None]
 
 
 # == Sampler ===========================================================================================================
@@ -209,34 +209,34 @@ def sample(
     args: Args,
 ) -> Batch:  # fmt: skip
     """K rollouts of every task in lockstep, with its own parameters [task, d] (tasks None: those of the last call)."""
-    n, k, h = len(theta), args.rollouts, args.horizon
+    num_tasks, rollouts, horizon = len(theta), args.rollouts, args.horizon
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads would fight with those of the physics
     if tasks is None:
         state, _ = env.reset()
     else:
-        copies = tasks[np.repeat(np.arange(n), k)]
+        copies = tasks[np.repeat(np.arange(num_tasks), rollouts)]
         state, _ = env.reset(seed=random_seed(rng), options={"tasks": copies})
     action_dim = env.single_action_space.shape[0]
-    noise = torch.randn(h, n, k, action_dim, generator=rng).to(theta.device)
-    obs = theta.new_empty(n, k, h, state.shape[1])
-    action, mean = theta.new_empty(2, n, k, h, action_dim)
-    reward, alive = theta.new_empty(2, n, k, h)
-    done = np.zeros(n * k, bool)
-    for t in range(h):
-        s = torch.from_numpy(state).to(theta.device).view(n, k, -1)
+    noise = torch.randn(horizon, num_tasks, rollouts, action_dim, generator=rng).to(theta.device)
+    obs = theta.new_empty(num_tasks, rollouts, horizon, state.shape[1])
+    action, mean = theta.new_empty(2, num_tasks, rollouts, horizon, action_dim)
+    reward, alive = theta.new_empty(2, num_tasks, rollouts, horizon)
+    done = np.zeros(num_tasks * rollouts, bool)
+    for t in range(horizon):
+        s = torch.from_numpy(state).to(theta.device).view(num_tasks, rollouts, -1)
         mu, log_std = policy(theta, s)
         a = torch.addcmul(mu, log_std.exp(), noise[t])
         obs[:, :, t], mean[:, :, t], action[:, :, t] = s, mu, a
         control = (a / args.action_scale).clamp(-1, 1).flatten(0, 1)
         state, r, terminated, truncated, info = env.step(control.cpu().numpy())
-        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(n, k)  # D4
-        reward[:, :, t] = torch.from_numpy(r).view(n, k)
+        alive[:, :, t] = torch.from_numpy(~done & ~info["diverged"]).view(num_tasks, rollouts)  # D4
+        reward[:, :, t] = torch.from_numpy(r).view(num_tasks, rollouts)
         done = terminated | truncated
     torch.set_num_threads(threads)
     used = torch.ones_like(log_std)
     if args.mask_pad_actions:
-        used *= torch.from_numpy(env.unwrapped.used_actions()[::k, None]).to(theta.device)
+        used *= torch.from_numpy(env.unwrapped.used_actions()[::rollouts, None]).to(theta.device)
     obs, action, mean = (x.flatten(1, 2) for x in (obs, action, mean))
     return Batch(obs, action, mean, log_std, used, reward, alive / alive.sum((1, 2), keepdim=True))
 
@@ -254,13 +254,13 @@ def discounted_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 # Copied from algos/maml.py
-def linear_baseline(obs: Tensor, returns: Tensor, alive: Tensor) -> Tensor:
+def linear_baseline(obs: Tensor, returns: Tensor, taken: Tensor) -> Tensor:
     """Ridge regression of the returns [task, rollout, step] on features of state and time, fitted in every task."""
     s = obs.clamp(-10, 10).double()  # [task, row, obs_dim]
     tasks, rollouts, steps = returns.shape
     t = (torch.arange(steps).to(s) / 100).repeat(rollouts).expand(tasks, -1)[..., None]  # [task, row, 1]
     features = torch.cat([s, s**2, t, t**2, t**3, torch.ones_like(t)], dim=-1)  # [task, row, 2 obs_dim + 4]
-    x = features * alive.flatten(1)[..., None]
+    x = features * taken.flatten(1)[..., None]
     for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
         factor, failed = torch.linalg.cholesky_ex(x.mT @ x + ridge * torch.eye(x.shape[-1]).to(x))
         if not failed.any():  # D6
@@ -526,26 +526,22 @@ def group_of(policy: GaussianPolicy, rates: str) -> Tensor:
 
 
 def hypergradient(policy: GaussianPolicy, theta: Tensor, data: list[Batch], alpha: Tensor, args: Args) -> Tensor:
-    """-Σ_i ∂S_i/∂α [d]: the last step adds ∇S_i ⊙ ∇L_i; for earlier ones ∇S_i goes back through later ones (D16)."""
+    """-Σ_i ∂S_i/∂α [d] at θ, through all inner steps (D16)."""
     total = torch.zeros_like(theta)
     for first in range(0, len(data[0].obs), CHUNK):
         *inner, outer = (batch.of(slice(first, first + CHUNK)) for batch in data)
-        theta_k, steps = theta.expand(len(outer.obs), -1), []
+        rate = alpha.clone().requires_grad_()
+        theta_k = theta.repeat(len(outer.obs), 1).requires_grad_()
         for batch in inner:
-            inner_grad, hessian = inner_gradient(policy, theta_k, batch, args)
-            theta_k = theta_k - alpha * inner_grad  # Eq. (2)
-            steps.append((inner_grad, hessian))
-        leaf = theta_k.detach().requires_grad_()
-        (u,) = torch.autograd.grad(surrogate(*policy(leaf, outer.obs), outer).sum(), leaf)  # ∇S_i(θ'_i)
-        for inner_grad, hessian in reversed(steps):
-            total += (u * inner_grad).sum(0)  # Eq. (8)
-            u = u - hessian(alpha * u)  # ∇S_i at θ_k, by this step's factor of J_iᵀ, Eq. (5); at θ_0 not needed
+            loss = inner_loss(policy, theta_k, batch, args).sum()
+            theta_k = theta_k - rate * torch.autograd.grad(loss, theta_k, create_graph=True)[0]  # Eq. (2)
+        total -= torch.autograd.grad(surrogate(*policy(theta_k, outer.obs), outer).sum(), rate)[0]
     return total
 
 
-def next_alpha(alpha: Tensor, group: Tensor, slope: Tensor, alpha_0: float) -> Tensor:
+def next_alpha(alpha: Tensor, group: Tensor, hypergrad: Tensor, alpha_0: float) -> Tensor:
     """Eq. (8): α + α_0 times the hypergradient [d], summed over each group, kept in its range (D13)."""
-    of_group = torch.zeros_like(slope).index_add(0, group, slope)
+    of_group = torch.zeros_like(hypergrad).index_add(0, group, hypergrad)
     return (alpha + alpha_0 * of_group[group]).clamp(*ALPHA_RANGE)
 
 
@@ -621,17 +617,17 @@ def train(args: Args, run: "Run") -> None:
         run.frames += sum(int(batch.taken.sum()) for batch in data)
 
         # l. 13, 14: a step of θ and one of α, both from where the data was sampled
-        slope = hypergradient(policy, theta, data, alpha, args)
+        hypergrad = hypergradient(policy, theta, data, alpha, args)
         new_theta, stats = outer_step(policy, theta, data, alpha, args)
         theta.copy_(new_theta)
-        alpha.copy_(next_alpha(alpha, group, slope, args.alpha_0))
+        alpha.copy_(next_alpha(alpha, group, hypergrad, args.alpha_0))
 
         # l. 6, 15: B holds this batch and nothing else
         store(buffer, tasks, data)
 
         # the returns of fresh tasks only: the buffer's were chosen by their returns
         metrics = returns_by_step("train/return_step", [b.of(slice(len(chosen), None)) for b in data], fresh.cluster)
-        metrics |= stats | {"rmaml/hypergradient": slope.sum().item(), "rmaml/replayed": len(chosen)}
+        metrics |= stats | {"rmaml/hypergradient": hypergrad.sum().item(), "rmaml/replayed": len(chosen)}
         for name, part in dict(batch=tasks.cluster, replayed=old.cluster).items():
             metrics |= {f"rmaml/{name}_cluster_{m}": int((part == m).sum()) for m in range(env.unwrapped.num_clusters)}
         metrics |= {"policy/alpha_min": alpha.min().item(), "policy/alpha_max": alpha.max().item()}

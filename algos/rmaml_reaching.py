@@ -150,7 +150,7 @@ def meta_batch(buffer: nn.ParameterDict, iteration: int, rng: torch.Generator, a
     count, batches = replay_count(iteration, args), []  # L; the batch of every strategy
     for strategy, stored, returns in zip(STRATEGIES, buffer["tasks"], buffer["returns"]):
         replays = stored.gather(-1, replayed(returns, count, strategy))  # [repeat, L], T_B of Alg. 2, l. 3
-        batches.append(torch.cat([replays, fresh], dim=-1)[:, : args.tasks])
+        batches.append(torch.cat([replays, fresh[:, : args.tasks - replays.shape[-1]]], dim=-1))
     return torch.stack(batches)
 
 

@@ -32,7 +32,7 @@ Deviations from the paper (P), and from the official code of PEARL (C), which P 
       one of none has no member. D13 P is silent on the probe's play; here z from the prior, sampled, one episode.
 
 Tested       python algos/sop.py --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000   (ml2,
-             280,000 frames, 27 minutes of a shared core, far too short): 46 before, then 54; both robots are found.
+             280,000 frames, 27 minutes of a shared core, too short): 46, then 54 (standing still 56); it finds both.
 """
 
 import json
@@ -345,7 +345,7 @@ def posterior(encoder: MLP, context: Tensor, alive: Tensor | None = None) -> Nor
     precision = 1 / F.softplus(raw_var).clamp(min=1e-7)
     precision = precision if alive is None else precision * alive[..., None]
     total = precision.sum(1)
-    var = 1 / total.where(total > 0, 1.0)  # [task, latent_dim]
+    var = 1 / total.where(total > 0, 1.0)  # [task, latent_dim]; of no token the prior
     return Normal(var * (precision * mean).sum(1), var.sqrt(), validate_args=False)
 
 
@@ -489,9 +489,9 @@ def observe(
     noise = torch.randn(args.horizon, *env.action_space.shape, generator=rng)
     e = rollout(env, tasks, agent["policy"], z, seed, noise, np.ones(len(tasks), bool))
 
-    r = (e.reward / (e.reward.abs().amax(1, keepdim=True) + 1e-8))[..., None]  # [task, H, 1], 0 after a fall (D9)
-    r = r / e.alive.sum(1).clamp(min=1)[:, None, None]  # with the weight of the step in E
-    s, after, one, epsilon = e.obs[:, :-1], e.obs[:, 1:], torch.ones_like(r), noise.transpose(0, 1)
+    r = e.reward / (e.reward.abs().amax(1, keepdim=True) + 1e-8)  # [task, H], 0 after a fall (D9)
+    r = r / e.alive.sum(1, keepdim=True).clamp(min=1)  # with the weight of the step in E
+    s, after, one, epsilon = e.obs[:, :-1], e.obs[:, 1:], torch.ones_like(r)[..., None], noise.transpose(0, 1)
     h = agent["policy"].features(torch.cat([s, z[:, None] * one], dim=-1).flatten(0, 1).to(args.device))
     std = agent["policy"].head(h)[0].chunk(2, dim=-1)[1].clamp(-20, 2).exp()
     h, std = h[0].cpu().view(*e.reward.shape, -1), std.cpu().view(*e.reward.shape, -1)
@@ -500,10 +500,10 @@ def observe(
     square = torch.cat([std**-2, 2 * one.expand_as(std)], dim=-1)  # Eq. (13): the mean of its square over ã (D10)
     context = Transitions(s, e.action, e.reward[..., None], after, e.terminated[..., None])
     q_z = posterior(agent["encoder"], tokens(context, args).to(args.device), e.alive.to(args.device))
-    outer = lambda weight, a, b: ((weight * a).mT @ b).flatten(1)  # noqa: E731  E[ weight a bᵀ ]
+    outer = partial(torch.einsum, "nt,nti,ntj->nij")  # E[ weight a bᵀ ] of weights, a and b
     unsigned = r.abs()  # (9) and (10) are second moments: no weight below 0 (D9)
     phi = outer(unsigned, h1**2, square), outer(unsigned, x, x), q_z.mean.cpu(), outer(r, h1, gradient)  # Eq. (9)-(12)
-    return e, seed, dict(zip(KINDS, phi))
+    return e, seed, dict(zip(KINDS, (x.flatten(1) for x in phi)))
 
 
 def coordinates(known: Tensor, new: Tensor, kind: str) -> np.ndarray:
@@ -566,12 +566,12 @@ def evaluate(
         learner = assign(herd["phi"], labels[kind], owner, phi[args.embedding], args.embedding)  # l. 2
         args = replace(args, eval_episodes=args.eval_episodes - 1, eval_prior_episodes=args.eval_prior_episodes - 1)
         episodes, seeds = [played], [seed]  # D13
-    # Alg. 4, l. 3: all of these learners in every task, from the same starts; what counts is what its own one does
-    who, own_who = np.unique(learner, return_inverse=True)  # learners at work; which of these is each task's own
+    who, own_who = np.unique(learner, return_inverse=True)  # l. 3: learners at work, in every task from the same starts
     found = [adapt(env, tasks, learners[m], torch.Generator().manual_seed(10**6 + args.seed), args) for m in who]
-    own = lambda *x: torch.stack(x)[own_who, np.arange(len(tasks))]  # noqa: E731  of x, one [task, ·] a learner
-    episodes += [Episodes(*map(own, *kth)) for kth in zip(*(played for played, _, _ in found))]  # of every learner
-    metrics = {"eval/posterior_std": own(*(q_z.stddev for *_, q_z in found)).mean().item()}
+    own = own_who, np.arange(len(tasks))  # of [learner, task, ·] what each task's own learner has
+    for kth in zip(*(played for played, _, _ in found)):
+        episodes.append(Episodes(*(torch.stack(x)[own] for x in zip(*kth))))
+    metrics = {"eval/posterior_std": torch.stack([q_z.stddev for *_, q_z in found])[own].mean().item()}
     for k, episode in enumerate(episodes, start=1):
         returns = episode.reward.double().sum(1).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)

@@ -389,7 +389,7 @@ def run_trial(
     obs = first.obs[-1].numpy() if args.keep_terminal else start  # D3
     second, _ = rollout(env, obs, agent["policy"], agent["encoder"], h, args, test)
     torch.set_num_threads(threads)
-    keep = fine & ~env.unwrapped.broke | test  # D11
+    keep = (fine & ~env.unwrapped.broke) | test  # D11; in a test every task keeps its row
     if not keep.any():
         raise FloatingPointError("the physics diverged in all trials")
     return tuple(Episode(*(x[:, keep] for x in episode)) for episode in (first, second))
@@ -433,8 +433,8 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     for a_piece, r_piece, next_obs_piece in zip(*pieces):  # [step, trial, ·]
         h.append(encoder(a_piece, r_piece, next_obs_piece, h[-1][-1].detach()))
     belief = encoder.belief(torch.cat(h))
-    before = torch.cat([torch.zeros_like(belief[:1]), belief[:-1]])  # zeros: N(0, I)
-    kl_z = kl_divergence(encoder.task(belief), encoder.task(before)).sum(-1)  # of Eq. (6), [H+ + 1, trial]
+    prior = torch.cat([torch.zeros_like(belief[:1]), belief[:-1]])  # the belief before; zeros: N(0, I)
+    kl_z = kl_divergence(encoder.task(belief), encoder.task(prior)).sum(-1)  # of Eq. (6), [H+ + 1, trial]
 
     # ELBO_t at all or at random steps t of every trial, by one sample of z each: [trial, term, ·]
     all_t = torch.arange(len(belief)).expand(len(obs), -1)
@@ -512,16 +512,14 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
         policy.observe(obs[:-1], belief[:-1])
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
-    size = reward.numel() // args.minibatches
-    diagnostics = []
+    size, diagnostics = reward.numel() // args.minibatches, []
     for _ in range(args.ppo_epochs):
-        for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:
+        for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
             state, b, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
             pi, value = policy(state, b)
             log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # ρ of Eq. (2)
-            clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-            policy_loss = -torch.minimum(ratio * adv, clipped * adv).mean()  # Eq. (2)
+            policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
             clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
             huber = [F.smooth_l1_loss(v, target, reduction="none") for v in (value, clipped_value)]
             critic_loss = 0.5 * torch.maximum(*huber).mean()  # Eq. (3)

@@ -165,7 +165,8 @@ def main(options: Options) -> None:
         limit = (limits[0] + physics_limit(env_id, copies, **limit_of)) / 2
         rate, sample, update = (median[key] for key in ("charts/sps", "time/sample", "time/update"))
         columns = {"limit": round(limit), "share": round(rate / limit, 3)}
-        columns["sample_share"] = round(rate * (sample + update) / sample / limit, 3)
+        frames = rate * (sample + update)  # of an iteration
+        columns["sample_share"] = round(frames / sample / limit, 3)
         columns |= {"sample_s": round(sample, 3), "update_s": round(update, 3)}
         columns |= {"updates_per_s": round(gradient_steps / update, 1)} if gradient_steps else {}
         add(what, copies, rate, **columns, peak_memory_gb=round(median["peak_memory_gb"], 2))

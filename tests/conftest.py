@@ -2,11 +2,22 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
+
+import envs
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "algos"), str(ROOT / "tests")]
 torch.set_num_threads(1)  # pytest has one worker a core: more threads would wait for each other
+
+
+@pytest.fixture(autouse=True)
+def environments():
+    """A script that a test runs by its path registers classes of its own; those of other tests come back."""
+    known = dict(envs.ENVIRONMENTS)
+    yield
+    envs.ENVIRONMENTS.update(known)
 
 
 def train(script: ModuleType, **flags) -> Path:

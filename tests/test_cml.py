@@ -130,7 +130,7 @@ def test_scores_and_what_was_sampled_under_the_learner_of_each_task():
     data = cml.collect_all(env, tasks, policy, theta, [0.1], torch.Generator().manual_seed(0), args)
     score = cml.mean_returns(data[-1], 3)
     learner = np.array([2, 0, 0, 1])
-    chosen = cml.under(learner, data)
+    chosen = cml.rollouts_of_learner(learner, data)
     for j, i in product(range(3), range(4)):
         episodes = [sum(data[-1].reward[4 * j + i, k].tolist()) for k in range(2)]
         assert score[j, i] == pytest.approx(np.mean(episodes))

@@ -1,7 +1,7 @@
 """What is the same in several scripts stays the same.
 
-A function under `# Copied from algos/x.py` has the syntax tree of x.py's; the last section of every script is
-milet.py's, to the byte.
+A function under `# Copied from algos/x.py` has the lines of x.py's, comments included; the last section of every script
+is milet.py's, to the byte.
 
 python tests/test_copies.py     rewrites every copy from its source, and every last section from milet.py
 """
@@ -32,23 +32,24 @@ def parsed(text: str) -> ast.Module:
     return ast.parse(text)
 
 
-def definition(path: Path, name: str) -> tuple[ast.AST, slice]:
-    """The top-level function or class of that name: its syntax tree, and its lines, decorators included."""
+def definition(path: Path, name: str) -> slice:
+    """The lines of the top-level function or class of that name, decorators included."""
     for node in parsed(path.read_text()).body:
         if getattr(node, "name", None) == name:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            return node, slice(first - 1, node.end_lineno)
+            return slice(first - 1, node.end_lineno)
     raise LookupError(f"{path} defines no {name}")
 
 
 def same(script: Path, source: Path, name: str) -> bool:
-    return ast.dump(definition(script, name)[0]) == ast.dump(definition(source, name)[0])
+    copy, original = (path.read_text().splitlines()[definition(path, name)] for path in (script, source))
+    return copy == original
 
 
 def rewrite(script: Path, source: Path, name: str) -> None:
     """Replace the copy in the script by the source's definition."""
     lines, original = script.read_text().splitlines(True), source.read_text().splitlines(True)
-    lines[definition(script, name)[1]] = original[definition(source, name)[1]]
+    lines[definition(script, name)] = original[definition(source, name)]
     script.write_text("".join(lines))
 
 
@@ -83,11 +84,13 @@ def test_the_last_section_is_the_same_and_nobody_reads_more_than_650_lines(scrip
 def test_a_drifted_copy_is_found_and_rewritten(tmp_path):
     source, copy = tmp_path / "a.py", tmp_path / "b.py"
     source.write_text("import os\n\n\n@os.fspath\ndef f(x):\n    return x  # why\n\n\nY = 1\n")
-    copy.write_text("X = 2\n\n\n# Copied from a.py\ndef f(x):\n    y = x\n    return y\n\n\nZ = 3\n")
-    assert not same(copy, source, "f")
-    rewrite(copy, source, "f")
-    assert same(copy, source, "f")
-    assert copy.read_text() == "X = 2\n\n\n# Copied from a.py\n@os.fspath\ndef f(x):\n    return x  # why\n\n\nZ = 3\n"
+    for drifted in ("def f(x):\n    y = x\n    return y", "@os.fspath\ndef f(x):\n    return x  # because"):
+        copy.write_text(f"X = 2\n\n\n# Copied from a.py\n{drifted}\n\n\nZ = 3\n")
+        assert not same(copy, source, "f")
+        rewrite(copy, source, "f")
+        assert same(copy, source, "f")
+        expected = "X = 2\n\n\n# Copied from a.py\n@os.fspath\ndef f(x):\n    return x  # why\n\n\nZ = 3\n"
+        assert copy.read_text() == expected
 
 
 if __name__ == "__main__":

@@ -230,10 +230,10 @@ def test_slots_fill_one_at_a_time_and_no_more(always, tmp_path):
     frames = np.diff(column(whole, "charts/frames"))
     assert frames[2:].tolist() == [3 * 160] * 2, "nothing is tried when the slots are full"
     assert (saved_theta(whole) != 0).any(1).all() and saved_theta(whole).shape[0] == 3
-    assert torch.equal(fcml.full(saved_theta(whole)), saved_theta(whole))
+    assert torch.equal(fcml.in_use(saved_theta(whole)), saved_theta(whole))
     half = train(fcml, **(flags | dict(iterations=2)), run_dir=str(tmp_path / "half"))
     assert (saved_theta(half) != 0).any(1).tolist() == [True, True, False]
-    assert torch.equal(fcml.full(saved_theta(half)), saved_theta(half)[:2])
+    assert torch.equal(fcml.in_use(saved_theta(half)), saved_theta(half)[:2])
     args = fcml.parse_args(["--resume", str(half), "--iterations", "5"])
     fcml.train(args, fcml.Run(args))
     assert torch.equal(saved_theta(half), saved_theta(whole))
@@ -303,7 +303,7 @@ def test_it_founds_a_cluster_for_each_of_two_goals_and_then_stops(tmp_path):
     founders = [int(cluster) for cluster in column(run, "fcml/founder_cluster") if cluster >= 0]
     assert sorted(founders) == [0, 1]
     args = fcml.Args(hidden=(4,))
-    policy, slots = fcml.GaussianPolicy(1, 1, args), fcml.full(saved_theta(run))
+    policy, slots = fcml.GaussianPolicy(1, 1, args), fcml.in_use(saved_theta(run))
     stands = policy(slots, torch.zeros(3, 1, 1))[0].flatten().clamp(-1, 1).tolist()
     assert stands[1:] == pytest.approx([2 * cluster - 1 for cluster in founders], abs=0.1), (
         "at the goals of the founders"

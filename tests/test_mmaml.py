@@ -398,12 +398,20 @@ def test_one_task_has_no_spread_of_gains(tmp_path):
     ],
 )
 def test_presets_are_the_official_configurations(env_id, steps, horizon, alpha, lr, iterations):
-    a = mmaml.parse_args(["--env", env_id])
+    a = mmaml.parse_args(["--env", env_id, "--preset", "paper"])
     assert (a.inner_steps, a.horizon, a.alpha, a.lr, a.iterations) == (steps, horizon, alpha, lr, iterations)
     assert (a.tasks, a.rollouts, a.clip, a.eta, a.adapt_eta, a.updates) == (40, 20, 0.1, 5e-4, False, 5)
     assert (a.hidden, a.gamma, a.gae_lambda, a.encoder_width, a.modulation) == ((64, 64), 0.99, 1, 64, "film-scale")
     frames = a.iterations * a.tasks * a.rollouts * a.horizon * (a.inner_steps + 1)
     assert round(frames / 1e6) == {"point": 96, "reach": 60, "ant-4": 801}[env_id[:5]]
+
+
+def test_the_fast_preset_is_the_points_alone_with_a_ninth_of_the_frames():
+    paper, fast = (mmaml.parse_args(["--env", "point-4m", "--preset", preset]) for preset in ("paper", "fast"))
+    assert mmaml.parse_args(["--env", "point-4m"]) == fast
+    assert mmaml.parse_args(["--env", "reacher-4m"]).preset == "paper"
+    ratio = (paper.iterations * paper.tasks * paper.rollouts) / (fast.iterations * fast.tasks * fast.rollouts)
+    assert round(ratio) == 9 and fast.lr == pytest.approx(10 * paper.lr) and fast.alpha == paper.alpha
 
 
 POSITIVE = "--alpha, --action-scale, --lr, --clip and --kl-target must be positive"
