@@ -119,7 +119,7 @@ campaigns() {
   run ml2__maml__0__oracle-long --tasks 20 --rollouts 10 --iterations 201 --oracle
   figure ml2-long ml2__{hom__0__long,maml__0__long,maml__0__oracle-long}
 
-  campaign mmaml-point '2 hours' 'MMAML, ProMP (and with ten times α) and Multi-ProMP on the point with 2, 4, 6 modes, 3 seeds each'
+  campaign mmaml-point '2 hours' 'MMAML, ProMP and Multi-ProMP on the point with 2, 4, 6 modes, 3 seeds each; ProMP with ten times α'
   run point-{2m,4m,6m}__mmaml__{0,1,2}
   run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --modulation none
   run point-{2m,4m,6m}__mmaml__{0,1,2}__multi --modulation none --oracle
@@ -149,13 +149,12 @@ campaigns() {
   for env in point-{2m,4m,6m}; do figure "$env"; done
   figure point-2m-mmaml point-2m__mmaml__0__quarter
 
-  campaign mmaml-robots '2 hours' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, MMAML and ProMP on the ant, a share of the frames'
+  campaign mmaml-robots '1 hour' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, MMAML on the ant, a share of the frames'
   small='--tasks 12 --rollouts 10 --iterations 300'
   run reacher-4m__mmaml__0__share $small
   run reacher-4m__mmaml__0__share-promp $small --modulation none
   run reacher-4m__mmaml__0__share-multi $small --modulation none --oracle
   run ant-4m__mmaml__0__share --tasks 12 --rollouts 8 --iterations 100
-  run ant-4m__mmaml__0__share-promp --tasks 12 --rollouts 8 --iterations 100 --modulation none
   for env in reacher-4m ant-4m; do figure "$env"; done
 
   campaign mmaml-regression '33 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
@@ -172,11 +171,14 @@ campaigns() {
     figure "$env"-film "$env"__mmaml_regression__0
   done
 
-  campaign mmaml-drawn '3 hours' 'MMAML (FiLM, softmax), MAML and Multi-MAML on images that need no data, 3 seeds each'
+  campaign mmaml-drawn '2 hours' 'MMAML, MAML, Multi-MAML on images that need no data, 3 seeds each, with and without a clip; softmax'
   run drawn-3m__mmaml_classification__{0,1,2}
-  run drawn-3m__mmaml_classification__{0,1,2}__softmax --modulation softmax
+  run drawn-3m__mmaml_classification__0__softmax --modulation softmax
   run drawn-3m__mmaml_classification__{0,1,2}__maml --modulation none
   run drawn-3m__mmaml_classification__{0,1,2}__multi --modulation none --oracle
+  run drawn-3m__mmaml_classification__{0,1,2}__no-clip --outer-clip 0
+  run drawn-3m__mmaml_classification__{0,1,2}__maml-no-clip --modulation none --outer-clip 0
+  run drawn-3m__mmaml_classification__0__multi-no-clip --modulation none --oracle --outer-clip 0
   figure drawn-3m
   figure drawn-3m-film drawn-3m__mmaml_classification__0
 
@@ -263,8 +265,6 @@ campaigns() {
   run cheetah-vel-noise__rmaml__0__small-alpha --tasks 20 --rollouts 10 --iterations 40 --strategy uniform
   run cheetah-vel-noise__rmaml__0__small-buffer --tasks 20 --rollouts 10 --iterations 40 --alpha-init 0.1 --alpha-0 0
   run cheetah-vel-noise__rmaml__0__small-fixed --tasks 20 --rollouts 10 --iterations 40 --alpha-init 0.33 --alpha-0 0 --strategy uniform
-  run point-2m__mmaml__0__small --preset paper --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100
-  run point-2m__mmaml__0__small-promp --preset paper --tasks 8 --rollouts 8 --lr 1e-3 --iterations 100 --modulation none
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
   run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
   run ml2__sop__{0,1}__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000 --eval-every 1
@@ -297,12 +297,12 @@ campaigns() {
   figure promp_cheetah_curve results/promp/cheetah-dir__promp__{0,1} results/maml/cheetah-dir__maml__{0,1}
   figure rmaml_curve results/rmaml/cheetah-vel-noise__rmaml__{0,1}__quarter{,-alpha,-buffer} \
     results/maml/cheetah-vel-noise__maml__{0,1}__quarter
-  figure mmaml_point_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-multi \
+  for modes in 2 4 6; do figure "mmaml_point${modes}_curve" results/mmaml/point-"$modes"m__mmaml__{0,1,2}{,__promp,__multi}; done
+  figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-multi \
     results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-promp-{1,lr-0.1}
-  figure mmaml_point4_curve results/mmaml/point-4m__mmaml__0__quarter{,-promp,-multi}
   figure mmaml_regression_errors \
     results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped-stopped,-lstm}
-  figure mmaml_drawn_accuracy results/mmaml_classification/drawn-3m__*
+  figure mmaml_drawn_accuracy results/mmaml_classification/drawn-3m__mmaml_classification__{0,1,2}{,__maml,__multi}
   figure metacure_point_curve results/metacure/point-goal-sparse__metacure__{0,1,2}
   figure pearl_point_curve results/pearl/point-goal-4c__pearl__{0,1,2,0__100-tasks}
   figure pearl_cheetah_curve results/pearl/cheetah-dir__pearl__0

@@ -7,7 +7,8 @@ Objective    Eq. (1)  q_φ(z|c_0 .. c_i) = N(m_i, diag v_i) after every token of
              Eq. (2)  KL = mean over tasks and i of KL(q_φ(z|c_0 .. c_i) ‖ N(0, I))
              Eq. (3)  y = ρ r + (1 - d) γ V̄(s',z'), d = 1 at a fall
              Eq. (4)  min over φ, Q:  Σ_j (Q_j(s,a,z) - y)² + β KL, with z = z' ~ q_φ(z|c_0 .. c_i)
-             Eq. (5)-(8)  soft actor-critic, pearl.py's: ã = tanh(m(s,z) + σ(s,z) ε), ε ~ N(0,I); V̄ slowly after V
+             Eq. (5)-(8)  as in pearl.py: ã = tanh(m(s,z) + σ(s,z) ε), ε ~ N(0,I); V to min_j Q_j - ln π,
+                      π to minimise ln π - min_j Q_j + 1e-3 (mean m² + mean ln²σ); V̄ slowly after V
              Eq. (9)  e_D = (D(b,s,a) - r)²,  e_P = (P(k,s,a) - r)², k the id of a training task; with --dynamics, D and
                       P predict s' too, and its mean square error is added;    Eq. (10) min over D, P:  e_D + e_P
              Eq. (11) r + λ (e_D - e_P): the explorer is paid where the id tells more of the outcome than b does

@@ -62,6 +62,7 @@ def error(self, z, obs, action, truth, steps):
 milet.Decoder.error = error
 """,
     "rl2": "rl2.Recurrence.apply = staticmethod(lambda gru, x, h, *weights: gru(x, h[None])[0])",
+    "maml": "maml.CHUNK = 40",  # all tasks
     "pearl": "pearl.forward_onednn = lambda net, x: net.head(net.features(x))",
 }
 # glibc gives memory back after every step, and takes it again page by page, unless it is told to keep it.
@@ -191,7 +192,9 @@ def main(options: Options) -> None:
         add(sampling_row, 800, sampling, share=round(sampling / limit, 3))
     for script in ("maml", "promp", "rmaml", "mmaml"):
         what = f"{script}.py cheetah-dir, 40 tasks x 20 rollouts"
-        add_script(what, "cheetah-dir", 800, "--iterations 14", 4, actions=untrained)
+        variants = {"": ""} | ({", all tasks at once": PLAIN["maml"]} if script == "maml" else {})
+        for name, before in variants.items():
+            add_script(what + name, "cheetah-dir", 800, "--iterations 14", 4, before, actions=untrained)
     what = "hom.py cheetah-dir, 40 tasks x 20 rollouts, two members"
     add_script(what, "cheetah-dir", 800, "--probe-iterations 3 --iterations 14", 6, actions=untrained)
     what = "cml.py cheetah-dir, 2 learners x 40 tasks x 20 rollouts"

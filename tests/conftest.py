@@ -1,8 +1,9 @@
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import torch
 
 import envs
@@ -12,9 +13,9 @@ sys.path[:0] = [str(ROOT / "algos"), str(ROOT / "tests")]
 torch.set_num_threads(1)  # pytest has one worker a core: more threads would wait for each other
 
 
-@pytest.fixture(autouse=True)
-def environments():
-    """A script that a test runs by its path registers classes of its own; those of other tests come back."""
+@contextmanager
+def own_environments() -> Iterator[None]:
+    """A script that is run by its path registers classes of its own; those of the imported one come back."""
     known = dict(envs.ENVIRONMENTS)
     yield
     envs.ENVIRONMENTS.update(known)

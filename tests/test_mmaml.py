@@ -406,7 +406,8 @@ def test_presets_are_the_official_configurations(env_id, steps, horizon, alpha, 
     assert round(frames / 1e6) == {"point": 96, "reach": 60, "ant-4": 801}[env_id[:5]]
 
 
-def test_the_fast_preset_is_the_points_alone_with_a_ninth_of_the_frames():
+def test_the_fast_preset_is_of_three_points_with_a_ninth_of_the_frames():
+    assert set(mmaml.FAST) == {"point-2m", "point-4m", "point-6m"}
     paper, fast = (mmaml.parse_args(["--env", "point-4m", "--preset", preset]) for preset in ("paper", "fast"))
     assert mmaml.parse_args(["--env", "point-4m"]) == fast
     assert mmaml.parse_args(["--env", "reacher-4m"]).preset == "paper"

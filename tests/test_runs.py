@@ -19,7 +19,7 @@ import maml
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, own_environments
 
 QUICK = {  # a short run of eight meta-iterations; MILET's buffer is full after four: a kill finds old and new trials
     "milet": "--env hopper-params-4c --preset paper --frames 6400 --horizon 25 --vae-batch 8 --elbo-terms 4 "
@@ -91,9 +91,10 @@ def wait_for(table: str, iteration: int, folder: Path, process: subprocess.Popen
 
 @pytest.fixture(autouse=True)
 def restored():
-    """Signal handlers and torch's threads, which main changes."""
+    """Signal handlers, torch's threads and environments, which main changes."""
     handlers, threads = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, torch.get_num_threads()
-    yield
+    with own_environments():
+        yield
     torch.set_num_threads(threads)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

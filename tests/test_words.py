@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, own_environments
 
 import envs
 
@@ -139,7 +139,8 @@ def test_documented_commands_run(command, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.syspath_prepend(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    with own_environments():
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     (data,) = (tmp_path / "runs").glob("*/eval.npz")
