@@ -514,10 +514,10 @@ def inner_products(left: tuple[list, Tensor], right: tuple[list, Tensor], args: 
 
     if args.embedding in ("diagonal", "gradient"):
         return phi(*left) @ phi(*right).T
-    (left, r), (right, s) = left, right
+    (mine, r), (theirs, s) = left, right
     products = torch.zeros(len(r), len(s)).to(r)
     for i, j in np.ndindex(products.shape):
-        dot = sum((x[i] @ y[j].T) * (g[i] @ h[j].T) for (x, g), (y, h) in zip(left, right))  # v_t·v_u
+        dot = sum((x[i] @ y[j].T) * (g[i] @ h[j].T) for (x, g), (y, h) in zip(mine, theirs))  # v_t·v_u
         products[i, j] = r[i] @ dot**2 @ s[j]  # Eq. (11)
     return products
 

@@ -1,6 +1,6 @@
 """PEARL: off-policy meta-reinforcement learning with probabilistic context variables (Rakelly et al., ICML 2019).
 
-Official code: github.com/katerakelly/oyster, whose settings these are. Numbers of equations and lines are this file's.
+Official code: github.com/katerakelly/oyster, with its settings where it has the task; numbers of equations are ours.
 
 Objective    Eq. (1)  q_φ(z|c) ∝ Π_n N(z; μ_φ(c_n), σ²_φ(c_n)), the product over the transitions c_n of a context c
              Eq. (2)  KL = Σ_i KL(q_φ(z|c_i) ‖ N(0, I)), i the tasks of a batch

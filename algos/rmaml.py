@@ -535,7 +535,7 @@ def hypergradient(policy: GaussianPolicy, theta: Tensor, data: list[Batch], alph
         for batch in inner:
             loss = inner_loss(policy, theta_k, batch, args).sum()
             theta_k = theta_k - rate * torch.autograd.grad(loss, theta_k, create_graph=True)[0]  # Eq. (2)
-        total -= torch.autograd.grad(surrogate(*policy(theta_k, outer.obs), outer).sum(), rate)[0]
+        total -= torch.autograd.grad(surrogate(*policy(theta_k, outer.obs), outer).sum(), rate)[0]  # of Eq. (8)
     return total
 
 

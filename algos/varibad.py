@@ -519,7 +519,7 @@ def ppo_update(policy: Policy, optimizer: torch.optim.Optimizer, trial: Episode,
             pi, value = policy(state, b)
             log_ratio = pi.log_prob(u).sum(-1) - old_log_prob
             ratio = log_ratio.exp()  # ρ of Eq. (2)
-            policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()
+            policy_loss = -torch.minimum(ratio * adv, ratio.clamp(1 - args.clip, 1 + args.clip) * adv).mean()  # Eq. (2)
             clipped_value = old_value + (value - old_value).clamp(-args.clip, args.clip)
             huber = [F.smooth_l1_loss(v, target, reduction="none") for v in (value, clipped_value)]
             critic_loss = 0.5 * torch.maximum(*huber).mean()  # Eq. (3)
