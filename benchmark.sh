@@ -40,19 +40,21 @@ campaigns() {
   figure bonuses point-goal-4c__milet__{0,1,2}__{clusters-4,no-exploration,no-r-h,no-r-c}
   figure clusters point-goal-4c__milet__{0,1,2}__clusters-{2,4,6,8,10}
 
-  campaign milet-ant-studies '18 hours' 'the same on ant-goal-4c, 1 seed'
+  campaign milet-ant-studies '28 hours' 'the same on ant-goal-4c, and numbers of clusters on ant-goal-u, 1 seed'
   for part in exploration stacked-gru consistency r-h r-c; do run ant-goal-4c__milet__0__no-"$part" --no-"$part"; done
-  for n in 2 4 6 8 10; do run ant-goal-4c__milet__0__clusters-"$n" --clusters "$n"; done
+  for n in 2 4 6 8 10; do run ant-goal-{4c,u}__milet__0__clusters-"$n" --clusters "$n"; done
   figure ablations ant-goal-4c__milet__0__{clusters-4,no-exploration,no-stacked-gru,no-consistency,no-r-h,no-r-c}
-  figure clusters ant-goal-4c__milet__0__clusters-{2,4,6,8,10}
+  for env in ant-goal-{4c,u}; do figure "clusters-$env" "$env"__milet__0__clusters-{2,4,6,8,10}; done
 
   campaign milet-ant-paper '5.5 hours' 'MILET on ant-goal-4c at the published setting, 50 million frames'
   run ant-goal-4c__milet__0 --preset paper
   figure ant-goal-4c
 
-  campaign milet-mujoco '22 hours' 'MILET on the humanoid (2 million frames, and the official 30), and on the ant with sparse rewards or uniform goals'
+  campaign milet-mujoco '24 hours' 'MILET on the humanoid (2 million frames, beside VariBAD, RL2 and an oracle, and the official 30), and on the ant with sparse rewards or uniform goals'
   run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
   run humanoid-dir-4c__milet__0__paper --preset paper
+  run humanoid-dir-4c__{varibad,rl2}__0 --preset paper --frames 2000000
+  run humanoid-dir-4c__varibad__0__oracle --preset paper --frames 2000000 --oracle
   for env in humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
 
   campaign milet-tenth '45 minutes' 'published settings, a tenth of the frames: MILET on ant, hopper, walker, others on hopper'
@@ -225,9 +227,10 @@ campaigns() {
   run point-goal-4c__pearl__0__visits --train-tasks 100 --visits 100 --iterations 40
   figure point-goal-4c
 
-  campaign pearl-mujoco '2 hours' 'PEARL on cheetah-dir, 60 iterations'
+  campaign pearl-mujoco '3.5 hours' 'PEARL on cheetah-dir, 60 iterations, and on hopper-params-4c, 24 shorter ones'
   run cheetah-dir__pearl__0 --iterations 60 --eval-every 2
-  figure cheetah-dir
+  run hopper-params-4c__pearl__0 --iterations 24 --gradient-steps 500 --eval-every 4
+  for env in cheetah-dir hopper-params-4c; do figure "$env"; done
 
   campaign sop '13 hours' 'SoP, an oracle and PEARL on ml2, a third of the default budget; its embeddings by an early probe'
   run ml2__sop__0 --iterations 50 --probe-iterations 17
@@ -284,11 +287,13 @@ campaigns() {
   figure cheetah_all results/{varibad,rl2,pearl}/cheetah-dir__*__0
   figure sparse_all results/{rl2,varibad,milet,metacure,pearl}/point-goal-sparse__*__{0,1,2}
   figure milet_point_curve results/milet/point-goal-4c__milet__{0,1,2}
-  figure milet_ant_curve results/milet/ant-goal-4c__milet__{0,1,2}__fast
+  figure milet_ant_curve results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__varibad__{0,1,2}__oracle
   figure milet_humanoid_curve results/milet/humanoid-dir-4c__milet__0
   figure cml_mixed_curve results/cml/ant-cheetah-dir__cml__{0__half,1__half,0__half-task-specific} \
     results/fcml/ant-cheetah-dir__fcml__0__half results/maml/ant-cheetah-dir__maml__0{,__oracle}
   figure cml_point_curve results/maml/point-goal-4c__maml__{0,1,2}__small{,-oracle} results/{cml,hom,promp}/point-goal-4c__*
+  figure cml_ml2_curve results/cml/ml2__cml__0 results/hom/ml2__hom__{0,1,2} results/maml/ml2__maml__{0,1,2}{,__oracle}
+  figure fcml_point_curve results/fcml/point-goal-4c__fcml__0__small-{0.05,0.1,0.2,0.5} results/cml/point-goal-4c__cml__0__small
   figure maml_mixed_curve results/maml/ant-cheetah-dir__maml__0{,__oracle}
   figure maml_cheetah_curve results/maml/cheetah-dir__maml__{0,1,1__ratio}
   figure maml_ant_curve results/maml/ant-dir__maml__0

@@ -197,6 +197,8 @@ def main(options: Options) -> None:
             add_script(what + name, "cheetah-dir", 800, "--iterations 14", 4, before, actions=untrained)
     what = "hom.py cheetah-dir, 40 tasks x 20 rollouts, two members"
     add_script(what, "cheetah-dir", 800, "--probe-iterations 3 --iterations 14", 6, actions=untrained)
+    what = "fcml.py cheetah-dir, 40 tasks x 20 rollouts, one learner that looks for founders"
+    add_script(what, "cheetah-dir", 800, "--warmup 3 --epsilon 1e6 --iterations 14", 4, actions=untrained)
     what = "cml.py cheetah-dir, 2 learners x 40 tasks x 20 rollouts"
     add_script(what, "cheetah-dir", 1600, "--iterations 14", 4, actions=untrained)
     what = "cml.py ant-cheetah-dir, 2 learners x 40 tasks x 20 rollouts"

@@ -14,12 +14,12 @@ def targets(reward: torch.Tensor, value: torch.Tensor, gamma: float, lam: float)
 
 
 def ppo_loss(pi: Normal, value, sample, old, old_value, advantage, target, entropy: float) -> tuple[torch.Tensor, bool]:
-    """PPO's loss with a clip of 0.1 and a value coefficient of 0.5, and whether the ratio leaves the clip both ways."""
+    """PPO's loss with a clip of 0.1 and a value coefficient of 0.8, and whether the ratio leaves the clip both ways."""
     ratio = (pi.log_prob(sample).sum(-1).flatten() - old).exp()
     gain = torch.where(advantage > 0, ratio.clamp(max=1.1), ratio.clamp(min=0.9)) * advantage
     near = old_value + (value.flatten() - old_value).clamp(-0.1, 0.1)
     huber = [torch.where((e := (x - target).abs()) < 1, e**2 / 2, e - 0.5) for x in (value.flatten(), near)]
-    loss = 0.25 * torch.maximum(*huber).mean() - gain.mean() - entropy * pi.entropy().sum(-1).mean()
+    loss = 0.8 * 0.5 * torch.maximum(*huber).mean() - gain.mean() - entropy * pi.entropy().sum(-1).mean()
     return loss, bool(((advantage > 0) & (ratio > 1.1)).any() and ((advantage < 0) & (ratio < 0.9)).any())
 
 

@@ -896,7 +896,7 @@ def test_humanoid_against_plain_mujoco(env_id):
         paid += velocity_reward != 0
         cost = 0.05 * (data.ctrl**2).sum() + min(5e-7 * (data.cfrc_ext**2).sum(), 10)
         assert reward == pytest.approx(velocity_reward - cost, abs=1e-10)
-    assert 0 < paid <= 40
+    assert 0 < paid < 40 if "sparse" in env_id else paid == 40
 
 
 @pytest.mark.parametrize("env_id, alive", [("hopper-params-4c", 1), ("walker-params-4c", 0)])

@@ -307,10 +307,12 @@ ERRORS = {
     "a list without its columns": (lambda root: (root / "miniimagenet" / "val.csv").write_text("a,b\nc,d\n"), "label"),
     "an empty list": (lambda root: (root / "miniimagenet" / "val.csv").write_text(""), "val has 0 classes and needs 1"),
     "a list whose images are elsewhere": (
-        lambda root: (root / "miniimagenet" / "images").rename(root / "images"), "FileNotFoundError: "
+        lambda root: (root / "miniimagenet" / "images").rename(root / "images"),
+        "FileNotFoundError: ",
     ),
     "too few images": (
-        lambda root: make_mini_imagenet(root, ragged=True), "train, n00000000 has 3 images, and --horizon needs 4"
+        lambda root: make_mini_imagenet(root, ragged=True),
+        "train, n00000000 has 3 images, and --horizon needs 4",
     ),
     "too few classes": (lambda root: keep_lines(root, "test", 5), "test has 1 classes and needs 2"),
 }

@@ -506,13 +506,15 @@ def test_rollout_replayed_one_copy_at_a_time(agent, test):
             over |= bool(terminated[0])
 
 
-def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypatch):
-    """With mean actions, and without what came after a fall."""
+@pytest.mark.parametrize("after", [False, True])
+def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypatch, after):
+    """With mean actions, and without what came after a fall; with the states after the steps where asked."""
     torch.manual_seed(0)
-    args = small_args(eval_episodes=4, eval_prior_episodes=2, horizon=200)
+    args = small_args(eval_episodes=4, eval_prior_episodes=2, horizon=200, next_obs_in_context=after)
     env = gym.make_vec("walker-dir", num_envs=4, horizon=200)
     tasks, net = env.unwrapped.sample_tasks(4, np.random.default_rng(0)), pearl.make_agent(17, 6, args)
     make_fall(net["policy"])
+    net["encoder"].weights[-1].data.normal_(0, 0.5)  # what is seen matters
     calls, rng = spy_on(monkeypatch, "rollout"), generator(10**6)
     make_env, known = functools.partial(gym.make_vec, "walker-dir", horizon=200), env.unwrapped.task_set("train")[:3]
     metrics, data = pearl.evaluate(make_env, tasks, known, net, args)
@@ -521,16 +523,24 @@ def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypat
         assert metrics[f"eval/train_return_episode_{k}"] == pytest.approx(episode.reward.sum(1).mean().item())
         assert len(episode.reward) == 3
     assert len(calls) == 4 and not all(episode.alive.all() for _, episode in calls), "some fall"
+
+    def belief(k: int) -> list[torch.Tensor]:
+        """Mean and standard deviation of q(z | the first k episodes), task by task."""
+        beliefs = []
+        for i in range(4):
+            seen = [(e.obs[i, :-1], e.action[i], e.reward[i, :, None], e.obs[i, 1:]) for _, e in calls[:k]]
+            steps = [torch.cat(s[: 3 + after], 1)[e.alive[i]] for s, (_, e) in zip(seen, calls)]
+            q_z = pearl.posterior(net["encoder"], torch.cat(steps)[None])
+            beliefs.append((q_z.mean[0], q_z.stddev[0]))
+        return [torch.stack(x).detach() for x in zip(*beliefs)]
+
     for k, ((*_, z, seed, noise, play), _) in enumerate(calls):
-        mean, std = torch.zeros(4, 2), torch.ones(4, 2)
-        for i in range(4) if k >= 2 else ():
-            steps = [[x[i][e.alive[i]] for x in (e.obs[:, :-1], e.action, e.reward[..., None])] for _, e in calls[:k]]
-            q_z = pearl.posterior(net["encoder"], torch.cat([torch.cat(s, 1) for s in steps])[None])
-            mean[i], std[i] = q_z.mean[0], q_z.stddev[0]
+        mean, std = belief(k) if k >= 2 else (torch.zeros(4, 2), torch.ones(4, 2))
         torch.testing.assert_close(z, mean + std * torch.randn(4, 2, generator=rng))
         assert seed == pearl.random_seed(rng) and not noise.any() and play.all()
     assert [f"eval/return_episode_{k}" in metrics for k in (1, 4, 5)] == [True, True, False]
-    assert data["trace"].shape == (4, 201, 4, 2) and data["embedding"].shape == (4, 2)
+    np.testing.assert_allclose(data["embedding"], belief(4)[0], atol=1e-5)
+    assert data["trace"].shape == (4, 201, 4, 2)
     monkeypatch.undo()
     assert pearl.evaluate(make_env, tasks, known, net, args)[0] == metrics
     for k in range(4):

@@ -3,16 +3,13 @@
 import csv
 from pathlib import Path
 
-import gymnasium as gym
 import maml
 import milet
-import numpy as np
 import pearl
 import probes  # noqa: F401  (registers them)
 import promp
 import pytest
 import rl2
-import torch
 import varibad
 from conftest import train
 
@@ -21,28 +18,6 @@ def first_and_last(run: Path) -> tuple[dict[str, float], dict[str, float]]:
     with (run / "eval.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     return rows[0], rows[-1]
-
-
-@pytest.mark.parametrize("when", [2, 7])
-@pytest.mark.parametrize("script", [milet, varibad, rl2])
-def test_nothing_is_learned_from_a_simulation_that_diverged(monkeypatch, script, when):
-    """In the first or in the second episode; but an evaluation has a row for every task."""
-    args = script.Args(horizon=5, num_threads=1)
-    env = gym.make_vec("point-goal-4c", num_envs=3, horizon=5)
-    tasks, dims = env.unwrapped.task_set("train")[:3], (3, 2, 2) if script is varibad else (3, 2)
-    agent = script.make_agent(*dims, args)
-
-    def trial(test: bool, breaks: bool) -> tuple:
-        steps = iter(range(10))
-        broken = lambda: np.array([breaks and next(steps) == when, False, False])  # noqa: E731
-        monkeypatch.setattr(env.unwrapped, "diverged", broken)
-        torch.manual_seed(0)
-        return script.run_trial(env, tasks, 0, agent, args, test)
-
-    for whole, cut in zip(trial(False, False), trial(False, True)):
-        for all_copies, fine in zip(whole, cut):
-            torch.testing.assert_close(fine, all_copies[:, 1:])
-    assert all(episode.obs.shape[1] == 3 for episode in trial(True, True))
 
 
 def test_milet_recovers_the_clusters_and_adapts(tmp_path):

@@ -83,14 +83,6 @@ def test_an_action_of_episode_2_depends_on_episode_1_and_none_on_the_future():
     assert (none[50:] == 0).all() and (none[49] != 0).any()
 
 
-def test_the_memory_gets_squashed_actions():
-    args = small_args(squash="sample")
-    agent, trial = play(args)
-    torch.testing.assert_close(trial[0].action, trial[0].sample.tanh())
-    belief = seen(agent, trial, args)
-    torch.testing.assert_close(belief[:100], trial[0].belief[:-1], atol=1e-5, rtol=1e-4)
-
-
 def test_the_empty_memory_trains_its_layer():
     args = small_args()
     agent, trial = play(args)
@@ -111,15 +103,6 @@ def optimizers(agent, lr=1e-3):
     return {name: torch.optim.Adam(agent[name].parameters(), lr) for name in ("policy", "encoder")}
 
 
-def test_the_loss_trains_the_memory():
-    args = small_args()
-    agent, trial = play(args)
-    before = {name: p.clone() for name, p in agent.named_parameters()}
-    rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
-    moved = {name for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
-    assert {n for n in before if n.startswith("encoder.")} <= moved and "policy.log_std" in moved
-
-
 def test_the_first_step_has_ratios_of_one_and_the_second_has_not(monkeypatch):
     """The same beliefs as those that acted; then new ones, encoded with the new θ."""
     args, memory = small_args(ppo_epochs=2, clip=1e9, squash="sample"), []
@@ -138,8 +121,8 @@ def test_the_first_step_has_ratios_of_one_and_the_second_has_not(monkeypatch):
 
 def test_ppo_against_literal_steps():
     """Full-batch gradient descent on both networks, each with its own clip; the memory is encoded step by step."""
-    args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8, entropy=0.3, encoder_clip=0.02)
-    args.horizon = 10
+    ppo = dict(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8, entropy=0.3, value_coef=0.8)
+    args = small_args(**ppo, encoder_clip=0.02, horizon=10)
     env = gym.make_vec("point-goal-4c", num_envs=4, horizon=10)
     agent, reward = rl2.make_agent(3, 2, args), torch.randn(20, 4)
     trial = rl2.run_trial(env, env.unwrapped.task_set("train")[:4], 0, agent, args, test=False)
@@ -183,32 +166,6 @@ def test_rates_and_scale_of_the_rewards(monkeypatch, tmp_path, anneal):
     expected = [[0.3, 0.6], [0.2, 0.4], [0.1, 0.2]] if anneal else [[0.3, 0.6]] * 3
     assert [r for pair in rates for r in pair] == pytest.approx([r for pair in expected for r in pair])
     assert raw == [not anneal] * 3
-
-
-def test_ppo_prefers_the_better_action():
-    args = small_args(gamma=0.0, policy_embed=0)
-    agent, trial = play(args)
-    policy, adam = agent["policy"], optimizers(agent, 3e-3)
-    first = policy(trial[0].belief[:-1])[0].mean.mean().item()
-    for _ in range(15):
-        with torch.no_grad():
-            belief = torch.cat([episode.belief[:-1] for episode in trial])
-            sample = policy(belief)[0].sample().split(100)
-            acted = [rl2.Episode(e.obs, e.action, s, e.reward, e.belief) for e, s in zip(trial, sample)]
-        rl2.ppo_update(agent, adam, tuple(acted), torch.cat(sample).sum(-1), args)
-        new = seen(agent, trial, args).detach()
-        ends = [e.belief[-1:] for e in trial]
-        trial = tuple(e._replace(belief=torch.cat([n, end])) for e, n, end in zip(trial, new.split(100), ends))
-    assert policy(trial[0].belief[:-1])[0].mean.mean().item() > first + 0.2
-
-
-def test_clipped_norms(monkeypatch):
-    args, norms = small_args(encoder_clip=0.01), []
-    agent, trial = play(args)
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, c: norms.append(c) or clip(p, c))
-    rl2.ppo_update(agent, optimizers(agent), trial, torch.randn(200, 3), args)
-    assert norms == [0.5, 0.01] * 2
 
 
 def test_evaluation():

@@ -70,7 +70,7 @@ def make_episodes(tasks=5, horizon=6) -> sop.Episodes:
     return sop.Episodes(obs, action, reward, torch.zeros(tasks, horizon), alive)
 
 
-def explicit(agent, e: sop.Episodes, i: int, z: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+def explicit(agent, e: sop.Episodes, i: int, z: torch.Tensor, noise: torch.Tensor, after: bool) -> dict:
     """φ(T) of task i step by step: derivatives of ln π by the last layer, the mean over ã by quadrature."""
     policy, length = agent["policy"], int(e.alive[i].sum())
     weight, bias = policy.weights[-1][0].detach(), policy.biases[-1][0, 0].detach()
@@ -91,30 +91,32 @@ def explicit(agent, e: sop.Episodes, i: int, z: torch.Tensor, noise: torch.Tenso
         fisher = fisher + abs(r) * sum(c * score(h, x) ** 2 for x, c in zip(nodes, chances / chances.sum()))
         both = torch.cat([e.obs[i, t], e.obs[i, t + 1]])
         states = states + abs(r) * torch.outer(both, both).flatten()
-    context = torch.cat([e.obs[i, :length], e.action[i, :length], e.reward[i, :length, None]], dim=1)
+    parts = e.obs[i, :-1], e.action[i], e.reward[i, :, None], e.obs[i, 1:]
+    context = torch.cat(parts[: 3 + after], dim=1)[:length]
     latent = sop.posterior(agent["encoder"], context[None]).mean[0].detach()
     return dict(zip(sop.KINDS, (fisher, states, latent, gradient)))
 
 
-def make_probe() -> torch.nn.ModuleDict:
+def make_probe(**kwargs) -> torch.nn.ModuleDict:
     """With means and standard deviations that depend on the state."""
     torch.manual_seed(0)
-    agent = sop.make_agent(OBS, ACTION, small_args())
+    agent = sop.make_agent(OBS, ACTION, small_args(**kwargs))
     agent["policy"].weights[-1].data.normal_(0, 0.5)
     agent["encoder"].weights[-1].data.normal_(0, 0.5)
     return agent
 
 
-def test_embeddings_are_what_derivatives_and_loops_give(double, monkeypatch):
-    agent, e, seen = make_probe(), make_episodes(), []
+@pytest.mark.parametrize("after", [False, True])
+def test_embeddings_are_what_derivatives_and_loops_give(double, monkeypatch, after):
+    agent, e, seen = make_probe(next_obs_in_context=after), make_episodes(), []
     monkeypatch.setattr(sop, "rollout", lambda *a: seen.append(a) or e)
     env = SimpleNamespace(action_space=SimpleNamespace(shape=(5, ACTION)))
-    played, seed, phi = sop.observe(env, range(5), agent, generator(), small_args(horizon=6))
+    played, seed, phi = sop.observe(env, range(5), agent, generator(), small_args(horizon=6, next_obs_in_context=after))
     ((_, _, policy, z, used, noise, play),) = seen
     assert played is e and used == seed and policy is agent["policy"] and play.tolist() == [True] * 5
     assert [*phi] == [*sop.KINDS] and noise.shape == (6, 5, ACTION)
     for i in range(5):
-        for kind, wanted in explicit(agent, e, i, z.clone(), noise.clone()).items():
+        for kind, wanted in explicit(agent, e, i, z.clone(), noise.clone(), after).items():
             torch.testing.assert_close(phi[kind][i], wanted, rtol=1e-5, atol=1e-8)
 
 

@@ -71,17 +71,20 @@ def test_wrong_input_gets_one_line(runs, message):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-OLDER = "precollect", "latent_dim", "normalise_latent"  # arguments of runs whose scripts were other ones then
+def older(args: dict) -> bool:
+    """Stored by milet.py and varibad.py as they were before D11 and D10, by rl2.py before its belief_dim."""
+    return "precollect" in args or (args["script"] == "rl2" and "latent_dim" in args)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/*/args.json")), ids=lambda path: path.parent.name)
 def test_stored_runs_fit_their_scripts(path):
     """So that a new run is a further seed of them."""
     args = json.loads(path.read_text())
-    if not set(OLDER) & args.keys():
-        script = importlib.import_module(args.pop("script"))
-        TypeAdapter(script.Args).validate_python(args, strict=False)
-        assert args.keys() == asdict(script.Args()).keys() and args["preset"] in ("paper", "fast", None)
+    if older(args):
+        pytest.skip("a run of an older script")
+    script = importlib.import_module(args.pop("script"))
+    TypeAdapter(script.Args).validate_python(args, strict=False)
+    assert args.keys() == asdict(script.Args()).keys() and args["preset"] in ("paper", "fast", None)
 
 
 def test_accuracies_have_three_digits_and_the_toy_no_table(tmp_path, capsys):

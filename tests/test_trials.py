@@ -1,5 +1,9 @@
 """What milet.py, varibad.py and rl2.py do with tasks, trials and rewards around their updates."""
 
+import csv
+from itertools import chain
+from typing import NamedTuple
+
 import gymnasium as gym
 import milet
 import numpy as np
@@ -20,23 +24,45 @@ SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__n
 FLAGS = dict(env="point-goal-4c", horizon=5, num_envs=6, frames=240, eval_every=9, minibatches=2)  # 4 iterations
 
 
-def spy(monkeypatch, script, name: str) -> list[tuple[tuple, dict]]:
-    """The arguments of all calls of a function that still does its work."""
-    calls, function = [], getattr(script, name)
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class Call(NamedTuple):
+    args: tuple
+    kwargs: dict
+    result: object
+
+
+def spy(monkeypatch, owner, name: str) -> list[Call]:
+    """All calls of a function, or of a method, that still does its work."""
+    calls, function = [], getattr(owner, name)
 
     def called(*args, **kwargs):
-        calls.append((args, kwargs))
-        return function(*args, **kwargs)
+        calls.append(Call(args, kwargs, function(*args, **kwargs)))
+        return calls[-1].result
 
-    monkeypatch.setattr(script, name, called)
+    monkeypatch.setattr(owner, name, called)
     return calls
+
+
+def make_agent(script, args, env):
+    """Of states with the done flag; the oracle's policy needs to know how many parameters a task has."""
+    dims = env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], env.unwrapped.task_dim
+    return script.make_agent(*dims[: 3 if script is varibad else 2], args)
+
+
+def policies(agent) -> list:
+    """That of the first and that of the second episode."""
+    return [agent["psi"], agent["phi"]] if "psi" in agent else [agent["policy"]] * 2
 
 
 @SCRIPTS
 def test_training_and_evaluation_have_their_own_tasks(script, monkeypatch, tmp_path):
     calls = spy(monkeypatch, script, "run_trial")
     train(script, **FLAGS, **SMALL[script], run_dir=str(tmp_path))
-    training, evaluations = ([args[1] for args, kwargs in calls if kwargs["test"] == test] for test in (False, True))
+    training, evaluations = ([c.args[1] for c in calls if c.kwargs["test"] == test] for test in (False, True))
     env = envs.ENVIRONMENTS["point-goal-4c"]()
     train_set = {tuple(row) for row in env.task_set("train").params}
     seen = [{tuple(row) for row in tasks.params} for tasks in training]
@@ -62,7 +88,7 @@ class Recorder(gym.vector.VectorWrapper):
 def test_the_environment_and_the_encoder_get_the_squashed_action(script, squash, monkeypatch):
     args = script.Args(squash=squash, init_std=2.0, num_threads=1, **SMALL[script], horizon=5)
     env = Recorder(gym.make_vec("point-goal-4c", num_envs=3, horizon=5))
-    agent = script.make_agent(*([3, 2, 2] if script is varibad else [3, 2]), args)
+    agent = make_agent(script, args, env)
     encoded, forward = [], type(agent["encoder"]).forward
     monkeypatch.setattr(
         type(agent["encoder"]), "forward", lambda self, a, *rest: encoded.append(a) or forward(self, a, *rest)
@@ -78,19 +104,112 @@ def test_the_environment_and_the_encoder_get_the_squashed_action(script, squash,
 
 
 @SCRIPTS
+@pytest.mark.parametrize("test", [False, True])
+def test_actions_are_those_of_the_policy_at_its_state_and_belief(script, test, monkeypatch):
+    """With its standard deviation; at a test its means."""
+    args, drawn, randn = script.Args(init_std=0.4, num_threads=1, **SMALL[script], horizon=5), [], torch.randn
+    env = gym.make_vec("point-goal-4c", num_envs=3, horizon=5)
+    agent = make_agent(script, args, env)
+    monkeypatch.setattr(torch, "randn", lambda *shape: drawn.append(randn(*shape)) or drawn[-1])
+    trial = script.run_trial(env, env.unwrapped.task_set("train")[:3], 0, agent, args, test)
+    assert len(drawn) == (0 if test else 2)
+    for episode, policy, noise in zip(trial, policies(agent), drawn or [0, 0]):
+        with torch.no_grad():
+            pi, _ = policy(*(episode.obs[:-1], episode.belief[:-1])[script is rl2 :])  # RL²'s memory has seen the state
+        torch.testing.assert_close(episode.sample, pi.mean + 0.4 * noise)
+        assert (pi.mean.diff(dim=0).abs() > 1e-4).any(2).all(), "of the step before it would be another"
+
+
+@SCRIPTS
+def test_every_epoch_of_ppo_splits_the_steps_anew(script, monkeypatch):
+    """Each into four minibatches of different steps, which are all of them, and in no order."""
+    flags = dict(minibatches=4, ppo_epochs=2, num_threads=1, horizon=10)
+    args = script.Args(**SMALL[script] | flags)
+    env = gym.make_vec("point-goal-4c", num_envs=4, horizon=10)
+    agent = make_agent(script, args, env)
+    trial = script.run_trial(env, env.unwrapped.task_set("train")[:4], 0, agent, args, test=False)
+    adam = {name: torch.optim.Adam(agent[name].parameters(), 0.0) for name in agent if "stats" not in name}
+    numbers, taken = torch.arange(80.0).view(20, 4), []  # every step is told by its action
+    first, second = (e._replace(sample=n[..., None].expand(-1, -1, 2)) for e, n in zip(trial, numbers.split(10)))
+    watch = lambda pi, x: taken.append(x[:, 0].int().tolist()) or torch.zeros(x.shape)  # noqa: E731
+    monkeypatch.setattr(torch.distributions.Normal, "log_prob", watch)
+    if script is rl2:
+        rl2.ppo_update(agent, adam, (first, second), torch.randn(20, 4), args)
+    elif script is varibad:
+        whole = varibad.Episode(*(torch.cat([x[:10], y]) for x, y in zip(first, second)))
+        varibad.ppo_update(agent["policy"], adam["policy"], whole, torch.randn(20, 4), args)
+    else:
+        milet.ppo_update(agent["phi"], adam["phi"], second, torch.randn(10, 4), 0.0, args)
+    _, *minibatches = taken  # before them, the whole batch
+    steps = range(40, 80) if script is milet else range(80)
+    epochs = minibatches[:4], minibatches[4:]
+    for epoch in epochs:
+        assert [len(rows) for rows in epoch] == [len(steps) // 4] * 4 and sorted(chain(*epoch)) == [*steps]
+        assert all(rows != sorted(rows) for rows in epoch)
+    assert epochs[0] != epochs[1]
+
+
+@SCRIPTS
+def test_a_row_has_the_frames_and_the_returns_of_its_iteration(script, monkeypatch, tmp_path):
+    calls = spy(monkeypatch, script, "run_trial")
+    bonuses = spy(monkeypatch, milet, "exploration_bonus")
+    run = train(script, **FLAGS, **SMALL[script], run_dir=str(tmp_path))
+    trials = [call.result for call in calls if not call.kwargs["test"]]
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (4 if script is rl2 else 3), "the first iteration of the others only collects"
+    for row in rows:
+        iteration = int(row["iteration"])
+        assert int(row["charts/frames"]) == 2 * 5 * 6 * iteration
+        wanted = {f"return_episode_{k}": episode.reward for k, episode in enumerate(trials[iteration - 1], start=1)}
+        if script is milet:
+            wanted |= dict(zip(("bonus_h", "bonus_c"), bonuses[iteration - 1].result))
+        for name, of_steps in wanted.items():
+            assert float(row[f"train/{name}"]) == pytest.approx(of_steps.sum(0).mean().item(), rel=1e-4)
+
+
+@SCRIPTS
+def test_an_evaluation_can_be_replayed_and_keeps_what_it_says(script, monkeypatch):
+    """Of its own seed; the belief's mean and standard deviation, and its mean at the end of the first episode."""
+    args = script.Args(seed=3, num_threads=1, **SMALL[script], horizon=5)
+    env = gym.make_vec("cheetah-dir", num_envs=40, horizon=5)
+    agent, tasks = make_agent(script, args, env), env.unwrapped.task_set("test")
+    calls = spy(monkeypatch, script, "run_trial")
+    _, arrays = script.evaluate(env, tasks, agent, args)
+    assert arrays["seed"] == 10**6 + 3 and (arrays["params"] == tasks.params).all()
+    obs, _ = env.reset(seed=arrays["seed"], options={"tasks": tasks})
+    for k, episode in enumerate(calls[0].result):
+        np.testing.assert_array_equal(arrays["trace"][k], episode.obs[..., :2])
+        np.testing.assert_array_equal(arrays["trace"][k, 0], obs[:, :2])
+        for t, action in enumerate(arrays["action"][k]):
+            obs, reward, *_ = env.step(action)
+            np.testing.assert_allclose(reward, arrays["reward"][k, t], rtol=1e-6)
+            np.testing.assert_array_equal(arrays["trace"][k, t + 1], obs[:, :2])
+        if script is milet:
+            mean, variance = episode.belief.chunk(2, dim=-1)
+            np.testing.assert_array_equal(arrays["belief_mean"][k], mean)
+            np.testing.assert_allclose(arrays["belief_std"][k], variance.sqrt())
+        obs, _ = env.reset()
+    embedding = calls[0].result[0].belief[-1]
+    np.testing.assert_array_equal(arrays["embedding"], embedding if script is rl2 else embedding.chunk(2, -1)[0])
+
+
+@SCRIPTS
 def test_rewards_are_scaled_with_the_discount(script, monkeypatch, tmp_path):
     calls = spy(monkeypatch, script, "scale_rewards")
     flags = dict(normalise_reward=True) if "normalise_reward" in vars(script.Args()) else {}
     train(script, **FLAGS, **SMALL[script], **flags, gamma=0.37, run_dir=str(tmp_path))
-    assert len(calls) == 4 and all(args[2] == 0.37 for args, _ in calls)
+    assert len(calls) == 4 and all(call.args[2] == 0.37 for call in calls)
 
 
 @pytest.mark.parametrize("script", [milet, varibad], ids=lambda script: script.__name__)
 def test_number_and_size_of_elbo_updates(script, monkeypatch, tmp_path):
     calls = spy(monkeypatch, script, "vae_update")
-    train(script, **FLAGS, **SMALL[script], vae_updates=2, run_dir=str(tmp_path))
+    run = train(script, **FLAGS, **SMALL[script], vae_updates=2, buffer_trials=7, run_dir=str(tmp_path))
     assert len(calls) == 2 * 3, "the first iteration only collects"
-    assert all(len(x) == 3 for (_, _, batch, _), _ in calls for x in batch)
+    assert all(len(x) == 3 for call in calls for x in call.args[2])
+    stored = torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["trials"]
+    assert [len(x) for x in stored] == [7] * 3
 
 
 def test_the_second_episode_starts_where_it_was_reset(monkeypatch, tmp_path):

@@ -133,7 +133,8 @@ def test_the_policy_is_paid_scaled_rewards_and_trials_enter_the_buffer_in_their_
     assert len(scaled) == len(added) == 4 == 1 + len(paid)
     for (raw, wanted), reward in zip(scaled[1:], paid):  # of the first trials only the scale is learned
         assert torch.equal(reward, wanted) and not torch.allclose(reward, raw, atol=0.1)
-    for first, second in added:
+    for (first, second), (raw, _) in zip(added, scaled):
+        assert torch.equal(raw, torch.cat([first.reward, second.reward]))
         assert torch.equal(first.belief[-1], second.belief[0])
         assert not torch.equal(first.belief[0], second.belief[-1])
 
@@ -186,17 +187,11 @@ def test_episodes_end_with_the_flag_and_begin_with_a_reset():
 
 
 @pytest.mark.parametrize("squash", ["none", "mean", "sample"])
-def test_squashing(squash):
-    """Of the mean, or of the sample; the environment and the encoder get what it gives."""
-    agent, first, _ = play(small_args(squash=squash))
-    torch.testing.assert_close(first.action, first.sample.tanh() if squash == "sample" else first.sample)
-    policy = agent["policy"]
+def test_the_mean_is_squashed_where_asked(squash):
+    policy = varibad.Policy(12, 6, 6, small_args(squash=squash))
     policy.actor[-1].bias.data += 5
     pi, _ = policy(torch.randn(4, 12), torch.randn(4, 6))
     assert (pi.mean.abs() <= 1).all() == (squash == "mean")
-    with torch.no_grad():
-        h = agent["encoder"](first.action, first.reward, first.obs[1:], torch.zeros(3, 8))
-    torch.testing.assert_close(agent["encoder"].belief(h), first.belief[1:], atol=1e-5, rtol=1e-4)
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -231,7 +226,8 @@ def make_trial(steps=10, n=4) -> varibad.Episode:
 
 
 def test_ppo_against_literal_steps():
-    args = small_args(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8, entropy=0.3)
+    ppo = dict(ppo_epochs=3, minibatches=1, clip=0.1, gamma=0.9, gae_lambda=0.8, entropy=0.3, value_coef=0.8)
+    args = small_args(**ppo)
     policy, trial, reward = varibad.Policy(6, 6, 2, args), make_trial(), torch.randn(10, 4)
     twin = copy.deepcopy(policy)
     varibad.ppo_update(policy, torch.optim.SGD(policy.parameters(), 0.5), trial, reward, args)
@@ -270,18 +266,6 @@ def test_ppo_learns_from_the_advantages_of_the_trial(monkeypatch):
     losses = varibad.ppo_update(policy, torch.optim.Adam(policy.parameters(), 1e-3), trial, torch.randn(10, 4), args)
     torch.testing.assert_close(seen[0], expected)
     assert losses["policy_loss"] == pytest.approx(0, abs=1e-5), "minus the mean of normalised advantages"
-
-
-def test_ppo_prefers_the_better_action():
-    args = small_args(gamma=0.0)
-    policy, trial = varibad.Policy(6, 6, 2, args), make_trial(50, 16)
-    optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
-    first = policy(trial.obs, trial.belief)[0].mean.mean().item()
-    for _ in range(40):
-        with torch.no_grad():
-            sample = policy(trial.obs[:-1], trial.belief[:-1])[0].sample()
-        varibad.ppo_update(policy, optimizer, trial._replace(sample=sample), sample.sum(-1), args)
-    assert policy(trial.obs, trial.belief)[0].mean.mean().item() > first + 0.2
 
 
 @pytest.mark.parametrize("anneal, anneal_vae", [(True, False), (False, False), (False, True)])
