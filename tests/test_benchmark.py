@@ -142,6 +142,21 @@ def test_slurm_submits_every_run_and_then_the_figure(house):
     assert one.returncode == 0 and steps(house / "runs" / folder) == [0, 0, 4]
 
 
+@pytest.mark.parametrize("state, requeued", [("RUNNING", True), ("COMPLETING", False)])
+def test_a_job_whose_time_is_over_saves_and_queues_again_and_one_that_was_cancelled_does_not(house, state, requeued):
+    folder = house / "runs" / "milet-point"
+    for name, line in {"squeue": f"echo {state}", "scontrol": 'echo "$@" >> requeued'}.items():
+        (house / "bin" / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (house / "bin" / name).chmod(0o755)
+    process = benchmark(house, "milet-point", "--only", RUNS[0], wait=False, STEP="0.3", SLURM_JOB_ID="7")
+    wait_until(lambda: steps(folder)[0] >= 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert 1 <= steps(folder)[0] < 4 and not list(folder.glob("*/lock")), "saved"
+    asked = house / "requeued"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if requeued else "")
+
+
 @pytest.mark.parametrize("words", [["no-such"], ["milet-point", "-j"], ["milet-point", "-x"], ["promp", "maml"]])
 def test_wrong_words_are_one_line(house, words):
     result = benchmark(house, *words)

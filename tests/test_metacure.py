@@ -550,6 +550,8 @@ def test_evaluation_is_a_trial_and_an_episode_of_the_exploiter(monkeypatch):
     args = small_args(explorer_episodes=2, horizon=6, eval_refresh=3)
     env = gym.make_vec("point-goal-4c", num_envs=4, horizon=6)
     tasks, agent = env.unwrapped.task_set("test")[:4], metacure.make_agent(2, 2, args)
+    for p in agent["encoder"].parameters():
+        p.data.normal_(0, 0.5)  # what is seen matters
     calls, rng = spy_on(monkeypatch, "rollout"), generator(10**6)
     metrics, data = metacure.evaluate(env, tasks, agent, args)
     seeds = torch.randint(2**31, (3,), generator=rng).tolist()
@@ -566,7 +568,7 @@ def test_evaluation_is_a_trial_and_an_episode_of_the_exploiter(monkeypatch):
     assert "eval/return_episode_4" not in metrics and "eval/return_episode_3_cluster_2" in metrics
     assert metrics["eval/posterior_std"] == pytest.approx(std.mean().item(), rel=1e-5)
     assert data["trace"].shape == (3, 7, 4, 2) and data["action"].dtype == np.float32
-    np.testing.assert_allclose(data["embedding"], mean.detach(), rtol=1e-5)
+    np.testing.assert_allclose(data["embedding"], mean.detach(), rtol=1e-4)
     for k in range(3):
         obs, _ = env.reset(seed=int(data["seed"][k]), options={"tasks": tasks})
         for t in range(6):
