@@ -219,7 +219,7 @@ campaigns() {
 
   campaign promp '30 minutes' 'ProMP on cheetah-dir, 2 seeds, 16 million frames each, beside the stored MAML'
   run cheetah-dir__promp__{0,1} --iterations 100
-  figure cheetah-dir results/maml/cheetah-dir__*
+  figure cheetah-dir results/maml/cheetah-dir__maml__{0,1}
 
   campaign pearl-point '2 hours' 'PEARL on point-goal-4c, 3 seeds, and with 100 training tasks, 20 or 100 visits an iteration, 1 seed'
   run point-goal-4c__pearl__{0,1,2}
@@ -260,7 +260,7 @@ campaigns() {
   run cheetah-vel-sparse__metacure__0 --iterations 30
   figure cheetah-vel-sparse
 
-  campaign short '80 minutes' 'the short runs that the pages report, 1 or 2 seeds'
+  campaign short '90 minutes' 'the short runs that the pages report, 1 or 2 seeds'
   run ml2__hom__0
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
@@ -271,6 +271,7 @@ campaigns() {
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
   run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
   run ml2__sop__{0,1}__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000 --eval-every 1
+  run ml2__sop__0__short-early --iterations 2 --probe-iterations 1 --gradient-steps 500 --initial-steps 1000 --eval-every 1
   figure ml2 ml2__{hom,maml,cml}__0
 
   campaign point-variants '80 minutes' 'MILET and VariBAD on point-goal-4c with other settings, 3 seeds each'
@@ -288,6 +289,7 @@ campaigns() {
   figure sparse_all results/{rl2,varibad,milet,metacure,pearl}/point-goal-sparse__*__{0,1,2}
   figure milet_point_curve results/milet/point-goal-4c__milet__{0,1,2}
   figure milet_ant_curve results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__varibad__{0,1,2}__oracle
+  figure milet_clusters_curve results/milet/point-goal-4c__milet__{*__clusters-2,0,1,2,*__clusters-6,*__clusters-8,*__clusters-10}
   figure milet_humanoid_curve results/milet/humanoid-dir-4c__milet__0
   figure cml_mixed_curve results/cml/ant-cheetah-dir__cml__{0__half,1__half,0__half-task-specific} \
     results/fcml/ant-cheetah-dir__fcml__0__half results/maml/ant-cheetah-dir__maml__0{,__oracle}

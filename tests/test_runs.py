@@ -339,7 +339,8 @@ def test_a_trial_whose_physics_diverges_teaches_nothing(monkeypatch, script):
             assert all(len(episode.reward[0]) == (4 if test else len(left)) for episode in episodes)
             if not test:
                 for episode, all_copies in zip(episodes, sampled):
-                    [torch.testing.assert_close(mine, x[:, left]) for mine, x in zip(episode, all_copies)]
+                    for mine, x in zip(episode, all_copies):
+                        torch.testing.assert_close(mine, x[:, left])
             else:
                 assert all(torch.equal(e.reward[:, left], w.reward[:, left]) for e, w in zip(episodes, whole))
                 assert (episodes[0].reward[2:, 1] == 0).all() and (episodes[0].reward[:2, 1] != 0).all()

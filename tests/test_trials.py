@@ -84,7 +84,7 @@ class Recorder(gym.vector.VectorWrapper):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("squash", ["none", "sample"])
+@pytest.mark.parametrize("squash", ["none", "mean", "sample"])
 def test_the_environment_and_the_encoder_get_the_squashed_action(script, squash, monkeypatch):
     args = script.Args(squash=squash, init_std=2.0, num_threads=1, **SMALL[script], horizon=5)
     env = Recorder(gym.make_vec("point-goal-4c", num_envs=3, horizon=5))
