@@ -255,13 +255,17 @@ def test_only_the_critic_and_the_kl_train_the_encoder(monkeypatch):
     assert not z.requires_grad
 
 
-def test_gradient_step_against_the_official_order_with_five_optimisers(agent):
+NUMBERS = dict(kl_weight=3.0, reward_scale=2.0, gamma=0.5, tau=0.5, lr=1e-3, policy_regularisation=100.0)
+
+
+@pytest.mark.parametrize("numbers", [{}, NUMBERS], ids=["defaults", "others"])
+def test_gradient_step_against_the_official_order_with_five_optimisers(agent, numbers):
     """Five plain Adams, one after the other, in the order of the spec; networks as PyTorch's layers."""
-    learner = make_learner(agent)
-    agent = learner.agent
+    learner = make_learner(agent, **numbers)
+    agent, (beta, scale, gamma, tau, lr, weight) = learner.agent, (getattr(learner.args, name) for name in NUMBERS)
     nets = {name: modules(agent[name], 0) for name in ("encoder", "policy", "v", "target")}
     nets |= {f"q{j}": modules(agent["q"], j) for j in range(2)}
-    adam = {name: torch.optim.Adam(net.parameters(), 3e-4) for name, net in nets.items() if name != "target"}
+    adam = {name: torch.optim.Adam(net.parameters(), lr) for name, net in nets.items() if name != "target"}
     for i in range(3):
         pearl.gradient_step(learner, generator(i))
 
@@ -279,8 +283,8 @@ def test_gradient_step_against_the_official_order_with_five_optimisers(agent):
         u = m + log_std.exp() * noise
         action = u.tanh()
         log_pi = (Normal(m, log_std.exp()).log_prob(u) - (1 - action**2 + 1e-6).log()).sum(1, keepdim=True)
-        y = 5 * r + (1 - d) * 0.99 * nets["target"](torch.cat([s2, z], 1)).detach()
-        loss = 0.1 * 0.5 * (var + mu**2 - 1 - var.log()).sum()
+        y = scale * r + (1 - d) * gamma * nets["target"](torch.cat([s2, z], 1)).detach()
+        loss = beta * 0.5 * (var + mu**2 - 1 - var.log()).sum()
         loss = loss + sum((nets[f"q{j}"](torch.cat([s, a, z], 1)) - y).square().mean() for j in range(2))
         for name in ("encoder", "q0", "q1"):
             adam[name].zero_grad()
@@ -294,9 +298,9 @@ def test_gradient_step_against_the_official_order_with_five_optimisers(agent):
         adam["v"].step()
         with torch.no_grad():
             for slow, fast in zip(nets["target"].parameters(), nets["v"].parameters()):
-                slow.copy_(0.995 * slow + 0.005 * fast)
+                slow.copy_((1 - tau) * slow + tau * fast)
         adam["policy"].zero_grad()
-        ((log_pi - min_q).mean() + 1e-3 * m.square().mean() + 1e-3 * log_std.square().mean()).backward()
+        ((log_pi - min_q).mean() + weight * m.square().mean() + weight * log_std.square().mean()).backward()
         adam["policy"].step()
     for name, net in nets.items():
         ours = agent["q"] if name.startswith("q") else agent[name]
@@ -638,23 +642,7 @@ def test_wrong_input_gets_one_line(flags, message):
     assert "\n" not in str(caught.value)
 
 
-# -- every flag, every task, every block -------------------------------------------------------------------------------
-
-
-NUMBERS = dict(kl_weight=3.0, reward_scale=1.0, gamma=0.5, tau=0.5, lr=1e-2, policy_regularisation=1.0)
-
-
-def trained(script, learner) -> torch.Tensor:
-    """All weights after two gradient steps."""
-    for i in range(2):
-        script.gradient_step(learner, generator(i))
-    return torch.cat([p.detach().flatten() for p in learner.agent.parameters()])
-
-
-@pytest.mark.parametrize("flag", NUMBERS)
-def test_every_number_of_a_gradient_step_has_an_effect(flag):
-    before, after = (trained(pearl, make_learner(**flags)) for flags in ({}, {flag: NUMBERS[flag]}))
-    assert not torch.equal(before, after)
+# -- every task, every block -------------------------------------------------------------------------------------------
 
 
 def test_contexts_and_batches_come_each_from_rows_of_their_own(monkeypatch):
