@@ -1,4 +1,4 @@
-"""Tiny environments with a known answer, which every algorithm must reach in seconds."""
+"""Tiny environments: one with a known answer, which every algorithm must reach in seconds, and one that breaks."""
 
 import numpy as np
 
@@ -30,6 +30,13 @@ class GuessSign(envs.TaskVectorEnv):
 
     def reward(self, action):
         return -((action - self.tasks.params)[:, 0] ** 2)
+
+
+class Breaks(envs.ENVIRONMENTS["point-goal-4c"]):
+    """The simulation of copy 1 diverges in step 4."""
+
+    def diverged(self):
+        return (np.arange(self.num_envs) == 1) & (self.elapsed == 4)
 
 
 envs.register("probe-guess-sign", GuessSign)

@@ -8,9 +8,9 @@ from itertools import product
 import gymnasium as gym
 import maml
 import numpy as np
+import probes
 import pytest
 import torch
-from test_pearl import Breaks
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -494,7 +494,7 @@ def single():
 
 
 def test_the_step_in_which_a_simulation_diverges_is_not_taken(single):
-    args, env = maml.Args(rollouts=1, horizon=6, hidden=(4,)), Breaks(num_envs=2, horizon=6)
+    args, env = maml.Args(rollouts=1, horizon=6, hidden=(4,)), probes.Breaks(num_envs=2, horizon=6)
     policy = maml.GaussianPolicy(2, 2, args)
     theta = policy.init(torch.Generator().manual_seed(0)).expand(2, -1)
     batch = maml.sample(env, env.task_set("train")[:2], policy, theta, torch.Generator().manual_seed(0), args)

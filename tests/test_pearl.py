@@ -6,7 +6,7 @@ import math
 import gymnasium as gym
 import numpy as np
 import pearl
-import probes  # noqa: F401
+import probes
 import pytest
 import torch
 from conftest import train
@@ -445,15 +445,8 @@ def test_blocks_are_of_steps_where_walkers_fall(monkeypatch, infer, to_context):
     assert [len(r) - b for r, b in zip(contexts.rows, before)] == (taken.tolist() if to_context else [0] * 3)
 
 
-class Breaks(envs.ENVIRONMENTS["point-goal-4c"]):
-    """The simulation of copy 1 diverges in step 4."""
-
-    def diverged(self):
-        return (np.arange(self.num_envs) == 1) & (self.elapsed == 4)
-
-
 def test_a_diverged_simulation_is_no_fall_and_its_last_step_is_dropped():
-    env, net = Breaks(num_envs=2, horizon=6), pearl.make_agent(2, 2, small_args())
+    env, net = probes.Breaks(num_envs=2, horizon=6), pearl.make_agent(2, 2, small_args())
     everyone, noise = np.ones(2, bool), torch.randn(6, 2, 2, generator=generator())
     episodes = pearl.rollout(env, env.task_set("train")[:2], net["policy"], torch.zeros(2, 2), 0, noise, everyone)
     assert episodes.alive.sum(1).tolist() == [6, 3] and not episodes.terminated.any()
