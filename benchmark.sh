@@ -279,7 +279,8 @@ campaigns() {
   figure point-goal-4c
 
   campaign figures '2 minutes' 'the learning curves of the pages, from the stored CSVs'
-  figure point_all results/{milet,rl2,varibad,pearl}/point-goal-4c__*__{0,1,2}
+  figure point_all results/{milet,rl2,varibad,pearl}/point-goal-4c__*__{0,1,2} results/varibad/point-goal-4c__varibad__{0,1,2}__oracle \
+    results/metacure/point-goal-4c__metacure__0__20k
   figure ant_all results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__* results/rl2/ant-goal-4c__rl2__0__stopped
   figure walker_all results/{milet,varibad}/walker-params-4c__*__0__fast results/varibad/walker-params-4c__varibad__0__oracle \
     results/rl2/walker-params-4c__rl2__0
