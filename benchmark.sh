@@ -115,6 +115,7 @@ campaigns() {
   for kind in last-layer full state-next-state gradient; do
     run ml2__hom__{0,1,2}__"$kind" --embedding "$kind" --iterations 12
   done
+  for kind in last-layer full state-next-state gradient; do figure "$kind" ml2__hom__0__"$kind"; done
   figure ml2 ml2__maml__{0,1,2} ml2__maml__{0,1,2}__oracle ml2__hom__{0,1,2}
   run ml2__hom__0__long --iterations 200
   run ml2__maml__0__long --tasks 20 --rollouts 10 --iterations 201
