@@ -261,7 +261,7 @@ campaigns() {
   run cheetah-vel-sparse__metacure__0 --iterations 30
   figure cheetah-vel-sparse
 
-  campaign short '80 minutes' 'the short runs that the pages report, 1 or 2 seeds'
+  campaign short '85 minutes' 'the short runs that the pages report, 1 or 2 seeds'
   run ml2__hom__0
   run ml2__maml__0 --tasks 20 --rollouts 10 --iterations 41
   run ml2__cml__0 --tasks 20 --rollouts 10 --iterations 40
@@ -272,7 +272,10 @@ campaigns() {
   run functions-5m__mmaml_regression__0__small --iterations 400 --eval-every 200
   run functions-5m__mmaml_regression__0__small-maml --iterations 400 --eval-every 200 --modulation none
   run ml2__sop__{0,1}__short --iterations 12 --probe-iterations 4 --gradient-steps 500 --initial-steps 1000 --eval-every 1
+  run ml2__sop__0__short-early --iterations 2 --probe-iterations 1 --gradient-steps 500 --initial-steps 1000 --eval-every 1
   figure ml2 ml2__{hom,maml,cml}__0
+  figure embeddings ml2__sop__0__short
+  figure embeddings-early ml2__sop__0__short-early
 
   campaign point-variants '80 minutes' 'MILET and VariBAD on point-goal-4c with other settings, 3 seeds each'
   run point-goal-4c__{milet,varibad}__{0,1,2}__anneal-vae --anneal-vae
