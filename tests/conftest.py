@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 import envs
@@ -19,6 +20,18 @@ def own_environments() -> Iterator[None]:
     known = dict(envs.ENVIRONMENTS)
     yield
     envs.ENVIRONMENTS.update(known)
+
+
+def spy_on(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[tuple[tuple, object]]:
+    """Arguments and result of every call of a function, or of a method, that still does its work."""
+    calls, function = [], getattr(owner, name)
+
+    def called(*args, **kwargs):
+        calls.append((args, function(*args, **kwargs)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, name, called)
+    return calls
 
 
 def train(script: ModuleType, **flags) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import probes  # noqa: F401
 import pytest
 import torch
-from conftest import train
+from conftest import spy_on, train
 from test_pearl import NUMBERS
 from torch import nn
 from torch.distributions import Normal
@@ -59,13 +59,6 @@ def make_learner(horizon=5, trials=3, **kwargs) -> metacure.Learner:
         for e in (first, second, other):
             learner.rl.add(task, metacure.transitions(e).flatten(0, 1))
     return learner
-
-
-def spy_on(monkeypatch, name: str) -> list[tuple]:
-    """Arguments and result of every call."""
-    calls, original = [], getattr(metacure, name)
-    monkeypatch.setattr(metacure, name, lambda *a: calls.append((a, result := original(*a))) or result)
-    return calls
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
@@ -236,7 +229,7 @@ def test_equal_predictions_pay_nothing_and_perfect_ones_pay(agent):
 def test_the_explorer_is_paid_with_the_networks_of_the_moment(monkeypatch, weight):
     """Never stored: the same transition pays otherwise in the next step; with λ = 0 the reward is the task's."""
     learner = make_learner(intrinsic_weight=weight)
-    seen, errors = spy_on(monkeypatch, "critic_loss"), spy_on(monkeypatch, "prediction_errors")
+    seen, errors = spy_on(monkeypatch, metacure, "critic_loss"), spy_on(monkeypatch, metacure, "prediction_errors")
     stored = [rows.clone() for rows in learner.rl.rows]
     for i in range(2):
         metacure.gradient_step(learner, generator())
@@ -267,7 +260,7 @@ def test_only_the_exploiters_critic_and_the_kl_train_the_encoder(monkeypatch):
     learner = make_learner()
     encoder = list(learner.agent["encoder"].parameters())
     names = "critic_loss", "actor_loss", "prediction_errors"
-    critics, actors, predictions = (spy_on(monkeypatch, name) for name in names)
+    critics, actors, predictions = (spy_on(monkeypatch, metacure, name) for name in names)
     metacure.gradient_step(learner, generator())
     assert [z.requires_grad for (_, _, z, *_), _ in critics] == [True, False], "exploiter, explorer"
     assert not critics[1][0][3].requires_grad
@@ -451,7 +444,7 @@ def test_an_iteration_of_collection(monkeypatch):
     metacure.collect(learner, torch.arange(6), 20, infer=False, rng=rng)
     assert [len(r) for r in learner.rl.rows] == [60] * 6 and [len(r) for r in learner.trials.rows] == [2] * 6
     before = list(zip(learner.rl.rows, learner.trials.rows))
-    played, contexts = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "draw_contexts")
+    played, contexts = spy_on(monkeypatch, metacure, "rollout"), spy_on(monkeypatch, metacure, "draw_contexts")
     returns = metacure.collect_iteration(learner, rng)
     assert [len(e.obs) for _, e in played] == [6, 6, 2, 2, 2, 2, 2, 2], "two episodes of trials, two blocks of three"
     assert all(a[7] == learner.args.refresh != learner.args.eval_refresh for a, _ in played[:2])
@@ -475,7 +468,7 @@ def test_an_iteration_of_collection(monkeypatch):
 def test_z_of_the_exploiter_comes_from_stored_trials_of_its_task(monkeypatch):
     learner = real_learner(envs.ENVIRONMENTS["point-goal-sparse"], 3, horizon=4)
     metacure.collect_trials(learner, torch.arange(3), 2, rng := generator())
-    seen, played, drawn = (spy_on(monkeypatch, name) for name in ("posterior", "rollout", "draw"))
+    seen, played, drawn = (spy_on(monkeypatch, metacure, name) for name in ("posterior", "rollout", "draw"))
     metacure.collect(learner, torch.tensor([2, 0]), 8, True, rng)
     (encoder, context), q = seen[0]
     assert len(seen) == 1 and context.shape == (2, 9, 5) and encoder is learner.agent["encoder"]
@@ -511,7 +504,7 @@ def test_nothing_is_learned_from_what_comes_after_an_end():
 def test_blocks_are_of_steps_where_walkers_fall(monkeypatch, infer):
     learner = real_learner(envs.ENVIRONMENTS["walker-dir"], 2, horizon=200)
     metacure.collect_trials(learner, torch.arange(2), 1, rng := generator())
-    before, played = sum(map(len, learner.rl.rows)), spy_on(monkeypatch, "rollout")
+    before, played = sum(map(len, learner.rl.rows)), spy_on(monkeypatch, metacure, "rollout")
     found = metacure.collect(learner, torch.tensor([0, 1, 0]), 150, infer, rng)
     returns = torch.cat([e.reward.sum(1)[a[6]] for a, e in played])
     assert found == pytest.approx(returns.mean().item(), rel=1e-5), "of those that played"
@@ -554,7 +547,7 @@ def test_evaluation_is_a_trial_and_an_episode_of_the_exploiter(monkeypatch):
     tasks, agent = env.unwrapped.task_set("test")[:4], metacure.make_agent(2, 2, args)
     for p in agent["encoder"].parameters():
         p.data.normal_(0, 0.5)  # what is seen matters
-    calls, rng = spy_on(monkeypatch, "rollout"), generator(10**6)
+    calls, rng = spy_on(monkeypatch, metacure, "rollout"), generator(10**6)
     metrics, data = metacure.evaluate(env, tasks, agent, args)
     seeds = torch.randint(2**31, (3,), generator=rng).tolist()
     assert [a[4] for a, _ in calls] == seeds == data["seed"].tolist()
@@ -684,14 +677,14 @@ def test_wrong_input_gets_one_line(flags, message):
 def test_every_block_has_its_own_number_of_steps(monkeypatch):
     flags = dict(horizon=5, visits=2, trials=1, prior_steps=5, posterior_steps=15)
     learner = real_learner(envs.ENVIRONMENTS["point-goal-sparse"], 3, **flags)
-    played, contexts = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "draw_contexts")
+    played, contexts = spy_on(monkeypatch, metacure, "rollout"), spy_on(monkeypatch, metacure, "draw_contexts")
     metacure.collect_iteration(learner, generator())
     assert (len(played), len(contexts)) == (1 + 1 + 3, 2), "a trial, a prior block, and one informed but at first"
 
 
 def test_a_visit_plays_in_its_own_task(monkeypatch):
     learner = real_learner(envs.ENVIRONMENTS["point-goal-sparse"], 6, horizon=5)
-    played, visits, rng = spy_on(monkeypatch, "rollout"), torch.tensor([4, 1, 4]), generator()
+    played, visits, rng = spy_on(monkeypatch, metacure, "rollout"), torch.tensor([4, 1, 4]), generator()
     metacure.collect_trials(learner, visits, 2, rng)
     metacure.collect(learner, visits, 5, False, rng)
     for ((_, tasks, *_), _), wanted in zip(played, ([4, 4, 1, 1, 4, 4], [4, 1, 4]), strict=True):
@@ -701,7 +694,7 @@ def test_a_visit_plays_in_its_own_task(monkeypatch):
 
 
 def test_a_run_begins_in_every_task_once_and_is_tested_in_held_out_ones(monkeypatch, tmp_path):
-    blocks, evaluated = [], spy_on(monkeypatch, "evaluate")
+    blocks, evaluated = [], spy_on(monkeypatch, metacure, "evaluate")
     collect_trials, collect = metacure.collect_trials, metacure.collect
 
     def watch_trials(learner, tasks, n, rng):

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import train
-from test_trials import spy
+from conftest import spy_on, train
 from torch.distributions import Categorical, Gumbel, Normal, kl_divergence
 
 
@@ -307,26 +306,26 @@ def test_the_mean_is_squashed_where_asked(squash):
 @pytest.mark.parametrize("without", ["nothing", "exploration", "r_h", "r_c"])
 def test_what_the_policies_are_paid(monkeypatch, tmp_path, without):
     """πψ Eq. (12) for the first episode, πφ Eq. (1) for the second; or one policy the reward alone, for both."""
-    scaled, bonuses, paid = spy(monkeypatch, milet, "scale_rewards"), spy(monkeypatch, milet, "exploration_bonus"), {}
+    scaled, bonuses = (spy_on(monkeypatch, milet, name) for name in ("scale_rewards", "exploration_bonus"))
+    paid = {}
     monkeypatch.setattr(milet, "ppo_update", lambda policy, _, *rest: paid.setdefault(policy, rest[:3]) and {})
     flags = dict(env="point-goal-4c", horizon=5, num_envs=4, frames=80, elbo_terms=2, vae_batch=2)
     rates = dict(entropy_psi=0.3, entropy_phi=0.4)
     flags |= {without: False} if without != "nothing" else {}
     train(milet, **SMALL, **flags, **rates, run_dir=str(tmp_path), eval_every=9)
-    rewards, (bonus_h, bonus_c), batches = scaled[-1].result, bonuses[-1].result, list(paid.values())
+    ((_, raw, _), rewards), ((q,), (bonus_h, bonus_c)), batches = scaled[-1], bonuses[-1], list(paid.values())
     assert rewards.shape == (10, 4) and bonus_h.abs().max() > 0 and bonus_c.abs().max() > 0
     if without == "exploration":
         ((episode, reward, entropy),) = batches
         torch.testing.assert_close(reward, rewards)
-        assert torch.equal(scaled[-1].args[1], episode.reward)
+        assert torch.equal(raw, episode.reward)
         assert entropy == 0.4 and len(episode.obs) == len(episode.belief) == 11 and len(episode.action) == 10
         assert (episode.obs[[0, 5], :, :2] == 0).all() and (episode.obs[-1, :, -1] == 1).all()
         return
     (explore, r_e, entropy_psi), (exploit, r, entropy_phi) = batches
     torch.testing.assert_close(r_e, rewards[:5] + (without != "r_h") * bonus_h + (without != "r_c") * bonus_c)
     torch.testing.assert_close(r, rewards[5:])
-    assert torch.equal(scaled[-1].args[1], torch.cat([explore.reward, exploit.reward]))
-    assert torch.equal(bonuses[-1].args[0], explore.q)
+    assert torch.equal(raw, torch.cat([explore.reward, exploit.reward])) and torch.equal(q, explore.q)
     assert (entropy_psi, entropy_phi) == (0.3, 0.4) and len(explore.obs) == len(exploit.obs) == 6
     torch.testing.assert_close(explore.q[-1], exploit.q[0])
 

@@ -9,7 +9,7 @@ import pearl
 import probes
 import pytest
 import torch
-from conftest import train
+from conftest import spy_on, train
 from torch import nn
 from torch.distributions import Normal
 
@@ -56,13 +56,6 @@ def make_episodes(copies: int, horizon: int, alive=None) -> pearl.Episodes:
     alive = torch.ones(copies, horizon, dtype=torch.bool) if alive is None else alive
     terminated = (alive & ~torch.cat([alive[:, 1:], torch.ones(copies, 1, dtype=torch.bool)], 1)).float()
     return pearl.Episodes(obs, action, reward, terminated, alive)
-
-
-def spy_on(monkeypatch, name: str) -> list[tuple]:
-    """Arguments and result of every call."""
-    calls, original = [], getattr(pearl, name)
-    monkeypatch.setattr(pearl, name, lambda *a: calls.append((a, result := original(*a))) or result)
-    return calls
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -249,7 +242,7 @@ def test_only_the_critic_and_the_kl_train_the_encoder(monkeypatch):
     z = pearl.draw(q_z, generator()).repeat_interleave(5, 0)
     for loss in (pearl.critic_loss(learner.agent, row_batch(), z, z, learner.args), pearl.kl_to_prior(q_z)):
         assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, encoder, retain_graph=True))
-    seen = spy_on(monkeypatch, "actor_loss")
+    seen = spy_on(monkeypatch, pearl, "actor_loss")
     pearl.gradient_step(learner, generator())
     (_, _, z, *_), _ = seen[0]
     assert not z.requires_grad
@@ -389,7 +382,7 @@ def test_blocks_of_an_iteration(monkeypatch):
     pearl.collect(learner, torch.arange(6), learner.context, 30, False, True, rng := generator(1))
     assert learner.frames == 6 * 40 and [len(r) for r in learner.context.rows] == [40] * 6
     old = list(learner.context.rows)
-    played, drawn = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "posterior_z")
+    played, drawn = spy_on(monkeypatch, pearl, "rollout"), spy_on(monkeypatch, pearl, "posterior_z")
     returns = pearl.collect_iteration(learner, rng)
     assert learner.frames == 6 * 40 + 2 * (60 + 40 + 60) and len(returns) == 3
     assert [len(a[3]) for a, _ in played] == [2 * 3, 2, 2, 2 * 3], "rounds of 2 visits"
@@ -408,7 +401,7 @@ def test_blocks_of_an_iteration(monkeypatch):
 
 def test_every_visit_infers_from_its_own_context_and_the_last_one_stays(monkeypatch):
     learner = real_learner("point-goal-4c", 1, horizon=10, visits=3, prior_steps=20, posterior_steps=20, extra_steps=30)
-    seen = spy_on(monkeypatch, "posterior")
+    seen = spy_on(monkeypatch, pearl, "posterior")
     pearl.collect_iteration(learner, generator())
     rows = learner.rl.rows[0].view(-1, 10)  # [episode, step], all of one task
     prior, one, two = rows[:6].view(3, 20), rows[6:9], rows[9:12]  # [visit, step], the two of the posterior block
@@ -428,7 +421,7 @@ def test_blocks_are_of_steps_where_walkers_fall(monkeypatch, infer, to_context):
     tasks, contexts = torch.tensor([0, 1, 0]), pearl.Index(3)
     pearl.collect(learner, tasks, contexts, 100, False, True, rng := generator())
     before = [len(r) for r in contexts.rows]
-    played = spy_on(monkeypatch, "rollout")
+    played = spy_on(monkeypatch, pearl, "rollout")
     found = pearl.collect(learner, tasks, contexts, 500, infer, to_context, rng)
     returns = torch.cat([episodes.reward.sum(1)[play] for (*_, play), episodes in played])
     assert found == pytest.approx(returns.mean().item(), rel=1e-5), "of those that played"
@@ -512,7 +505,7 @@ def test_evaluation_draws_from_the_prior_and_then_from_everything_seen(monkeypat
     tasks, net = env.unwrapped.sample_tasks(4, np.random.default_rng(0)), pearl.make_agent(17, 6, args)
     make_fall(net["policy"])
     net["encoder"].weights[-1].data.normal_(0, 0.5)  # what is seen matters
-    calls, rng = spy_on(monkeypatch, "rollout"), generator(10**6)
+    calls, rng = spy_on(monkeypatch, pearl, "rollout"), generator(10**6)
     make_env, known = functools.partial(gym.make_vec, "walker-dir", horizon=200), env.unwrapped.task_set("train")[:3]
     metrics, data = pearl.evaluate(make_env, tasks, known, net, args)
     for k in range(1, 5):  # first the known tasks
@@ -642,7 +635,7 @@ def test_contexts_and_batches_come_each_from_rows_of_their_own(monkeypatch):
     learner = make_learner()
     for k, rows in enumerate(learner.rl.rows):
         learner.context.rows[k], learner.rl.rows[k] = rows[:10], rows[10:]
-    contexts, batches = spy_on(monkeypatch, "tokens"), spy_on(monkeypatch, "critic_loss")
+    contexts, batches = spy_on(monkeypatch, pearl, "tokens"), spy_on(monkeypatch, pearl, "critic_loss")
     pearl.gradient_step(learner, generator())
     ((seen, _), _), ((_, batch, *_), _) = contexts[0], batches[0]
     for found, index in ((seen.obs.flatten(0, 1), learner.context), (batch.obs, learner.rl)):
@@ -652,7 +645,7 @@ def test_contexts_and_batches_come_each_from_rows_of_their_own(monkeypatch):
 
 def test_a_visit_plays_in_its_own_task(monkeypatch):
     learner = real_learner("point-goal-4c", 6, horizon=10)
-    played = spy_on(monkeypatch, "rollout")
+    played = spy_on(monkeypatch, pearl, "rollout")
     pearl.collect(learner, torch.tensor([4, 1, 4]), pearl.Index(3), 20, False, True, generator())
     ((_, tasks, *_), _) = played[0]
     np.testing.assert_array_equal(tasks.params, learner.tasks.params[[4, 4, 1, 1, 4, 4]])
@@ -661,7 +654,7 @@ def test_a_visit_plays_in_its_own_task(monkeypatch):
 
 def test_tasks_to_visit_are_drawn_with_replacement(monkeypatch):
     learner = real_learner("point-goal-4c", 6, horizon=5, visits=6, prior_steps=5, extra_steps=5)
-    played, rng = spy_on(monkeypatch, "rollout"), generator()
+    played, rng = spy_on(monkeypatch, pearl, "rollout"), generator()
     for _ in range(3):
         pearl.collect_iteration(learner, rng)
     drawn = [[*map(tuple, tasks.params)] for (_, tasks, *_), _ in played[::2]]
@@ -672,7 +665,7 @@ def test_tasks_to_visit_are_drawn_with_replacement(monkeypatch):
 def test_only_the_first_of_all_episodes_of_a_block_is_uninformed(monkeypatch):
     learner, contexts, rng = real_learner("walker-dir", 2, horizon=200), pearl.Index(2), generator()
     pearl.collect(learner, torch.arange(2), contexts, 100, False, True, rng)
-    played, drawn = spy_on(monkeypatch, "rollout"), spy_on(monkeypatch, "posterior_z")
+    played, drawn = spy_on(monkeypatch, pearl, "rollout"), spy_on(monkeypatch, pearl, "posterior_z")
     pearl.collect(learner, torch.arange(2), contexts, 500, True, False, rng)
     assert len(played) > 1, "walkers fall: more than one round"
     for k, (((*_, z, _, _, _), _), (_, informed)) in enumerate(zip(played, drawn, strict=True)):
@@ -681,7 +674,7 @@ def test_only_the_first_of_all_episodes_of_a_block_is_uninformed(monkeypatch):
 
 
 def test_a_run_begins_in_every_task_once_and_is_tested_in_held_out_ones(monkeypatch, tmp_path):
-    blocks, collect, evaluated = [], pearl.collect, spy_on(monkeypatch, "evaluate")
+    blocks, collect, evaluated = [], pearl.collect, spy_on(monkeypatch, pearl, "evaluate")
 
     def watch(learner, tasks, contexts, steps, infer, to_context, rng):
         blocks.append((len(tasks), contexts is learner.context, steps, infer, to_context))

@@ -13,7 +13,7 @@ import probes  # noqa: F401
 import pytest
 import sop
 import torch
-from conftest import train
+from conftest import spy_on, train
 from sklearn.metrics import adjusted_rand_score
 from torch.distributions import Normal
 
@@ -39,13 +39,6 @@ def rows(path: Path) -> list[dict[str, str]]:
         table = list(csv.DictReader(file))
     skipped = "time/", "charts/sps", "eval/train_return"
     return [{k: v for k, v in row.items() if not k.startswith(skipped)} for row in table]
-
-
-def spy_on(monkeypatch, name: str) -> list[tuple]:
-    """Arguments and result of every call."""
-    calls, original = [], getattr(sop, name)
-    monkeypatch.setattr(sop, name, lambda *a, **k: calls.append((a, result := original(*a, **k))) or result)
-    return calls
 
 
 # -- embeddings --------------------------------------------------------------------------------------------------------
@@ -124,7 +117,7 @@ def test_the_probe_plays_sampled_actions_with_z_of_the_prior(monkeypatch):
     args = small_args(horizon=50, latent_dim=3)
     env = gym.make_vec("point-goal-4c", num_envs=64, horizon=50)
     tasks, agent = env.unwrapped.task_set("train")[:64], sop.make_agent(2, 2, args)
-    calls = spy_on(monkeypatch, "rollout")
+    calls = spy_on(monkeypatch, sop, "rollout")
     episode, _, phi = sop.observe(env, tasks, agent, generator(5), args)
     ((_, played_in, _, z, _, noise, _), _) = calls[0]
     assert played_in is tasks and episode.alive.all()
@@ -325,7 +318,7 @@ def test_the_oracle_of_a_single_cluster_is_pearl(monkeypatch, tmp_path):
 
 
 def test_the_oracle_has_a_member_for_each_robot(monkeypatch, tmp_path):
-    calls = spy_on(monkeypatch, "gradient_step")
+    calls = spy_on(monkeypatch, sop, "gradient_step")
     monkeypatch.delattr(sop, "observe")
     flags = TINY | dict(env="ml2", train_tasks=4, iterations=2, probe_iterations=1, oracle=True)
     run = train(sop, run_dir=str(tmp_path), **flags)
@@ -412,7 +405,7 @@ def test_evaluation_spends_an_episode_on_finding_the_member(monkeypatch):
     herd = dict(phi=torch.randn(8, 4), labels=labels.repeat(4, 1), points=torch.randn(4, 8, 50))
     agent = dict(learners=learners, herd=herd | dict(owner=torch.tensor([2, 1, 2, 1])))
     monkeypatch.setattr(sop, "assign", lambda *a: asked.append(a) or np.array([2, 1, 2, 1, 1, 1]))
-    asked, met, adapted = [], spy_on(monkeypatch, "observe"), spy_on(monkeypatch, "adapt")
+    asked, met, adapted = [], spy_on(monkeypatch, sop, "observe"), spy_on(monkeypatch, sop, "adapt")
     metrics, data = sop.evaluate(env, tasks, pool, agent, args)
     (((_, _, by, *_), (played, seed, phi)),) = met
     ((known, member, owner, new, kind),) = asked
@@ -532,7 +525,7 @@ def test_with_other_numbers_too_the_oracle_of_a_single_cluster_is_pearl(monkeypa
 
 
 def test_losses_are_means_over_the_members(monkeypatch, tmp_path):
-    calls = spy_on(monkeypatch, "gradient_step")
+    calls = spy_on(monkeypatch, sop, "gradient_step")
     flags = TINY | dict(env="ml2", train_tasks=4, iterations=1, oracle=True)
     (row,) = rows(train(sop, run_dir=str(tmp_path), **flags) / "metrics.csv")
     assert len(calls) == 2 * 2, "two members, two steps each"

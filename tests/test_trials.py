@@ -2,7 +2,6 @@
 
 import csv
 from itertools import chain
-from typing import NamedTuple
 
 import gymnasium as gym
 import milet
@@ -11,7 +10,7 @@ import pytest
 import rl2
 import torch
 import varibad
-from conftest import train
+from conftest import spy_on, train
 
 import envs
 
@@ -29,24 +28,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-class Call(NamedTuple):
-    args: tuple
-    kwargs: dict
-    result: object
-
-
-def spy(monkeypatch, owner, name: str) -> list[Call]:
-    """All calls of a function, or of a method, that still does its work."""
-    calls, function = [], getattr(owner, name)
-
-    def called(*args, **kwargs):
-        calls.append(Call(args, kwargs, function(*args, **kwargs)))
-        return calls[-1].result
-
-    monkeypatch.setattr(owner, name, called)
-    return calls
-
-
 def make_agent(script, args, env):
     """Of states with the done flag; the oracle's policy needs to know how many parameters a task has."""
     dims = env.single_observation_space.shape[0] + 1, env.single_action_space.shape[0], env.unwrapped.task_dim
@@ -60,9 +41,9 @@ def policies(agent) -> list:
 
 @SCRIPTS
 def test_training_and_evaluation_have_their_own_tasks(script, monkeypatch, tmp_path):
-    calls = spy(monkeypatch, script, "run_trial")
+    calls = spy_on(monkeypatch, script, "run_trial")
     train(script, **FLAGS, **SMALL[script], run_dir=str(tmp_path))
-    training, evaluations = ([c.args[1] for c in calls if c.kwargs["test"] == test] for test in (False, True))
+    training, evaluations = ([tasks for (_, tasks, *_), _ in calls if len(tasks) == n] for n in (6, 32))
     env = envs.ENVIRONMENTS["point-goal-4c"]()
     train_set = {tuple(row) for row in env.task_set("train").params}
     seen = [{tuple(row) for row in tasks.params} for tasks in training]
@@ -151,10 +132,10 @@ def test_every_epoch_of_ppo_splits_the_steps_anew(script, monkeypatch):
 
 @SCRIPTS
 def test_a_row_has_the_frames_and_the_returns_of_its_iteration(script, monkeypatch, tmp_path):
-    calls = spy(monkeypatch, script, "run_trial")
-    bonuses = spy(monkeypatch, milet, "exploration_bonus")
+    calls = spy_on(monkeypatch, script, "run_trial")
+    bonuses = spy_on(monkeypatch, milet, "exploration_bonus")
     run = train(script, **FLAGS, **SMALL[script], run_dir=str(tmp_path))
-    trials = [call.result for call in calls if not call.kwargs["test"]]
+    trials = [trial for (_, tasks, *_), trial in calls if len(tasks) == 6]  # 32 in an evaluation
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == (4 if script is rl2 else 3), "the first iteration of the others only collects"
@@ -163,7 +144,7 @@ def test_a_row_has_the_frames_and_the_returns_of_its_iteration(script, monkeypat
         assert int(row["charts/frames"]) == 2 * 5 * 6 * iteration
         wanted = {f"return_episode_{k}": episode.reward for k, episode in enumerate(trials[iteration - 1], start=1)}
         if script is milet:
-            wanted |= dict(zip(("bonus_h", "bonus_c"), bonuses[iteration - 1].result))
+            wanted |= dict(zip(("bonus_h", "bonus_c"), bonuses[iteration - 1][1]))
         for name, of_steps in wanted.items():
             assert float(row[f"train/{name}"]) == pytest.approx(of_steps.sum(0).mean().item(), rel=1e-4)
 
@@ -174,11 +155,12 @@ def test_an_evaluation_can_be_replayed_and_keeps_what_it_says(script, monkeypatc
     args = script.Args(seed=3, num_threads=1, **SMALL[script], horizon=5)
     env = gym.make_vec("cheetah-dir", num_envs=40, horizon=5)
     agent, tasks = make_agent(script, args, env), env.unwrapped.task_set("test")
-    calls = spy(monkeypatch, script, "run_trial")
+    calls = spy_on(monkeypatch, script, "run_trial")
     _, arrays = script.evaluate(env, tasks, agent, args)
     assert arrays["seed"] == 10**6 + 3 and (arrays["params"] == tasks.params).all()
     obs, _ = env.reset(seed=arrays["seed"], options={"tasks": tasks})
-    for k, episode in enumerate(calls[0].result):
+    ((_, trial),) = calls
+    for k, episode in enumerate(trial):
         np.testing.assert_array_equal(arrays["trace"][k], episode.obs[..., :2])
         np.testing.assert_array_equal(arrays["trace"][k, 0], obs[:, :2])
         for t, action in enumerate(arrays["action"][k]):
@@ -190,24 +172,24 @@ def test_an_evaluation_can_be_replayed_and_keeps_what_it_says(script, monkeypatc
             np.testing.assert_array_equal(arrays["belief_mean"][k], mean)
             np.testing.assert_allclose(arrays["belief_std"][k], variance.sqrt())
         obs, _ = env.reset()
-    embedding = calls[0].result[0].belief[-1]
+    embedding = trial[0].belief[-1]
     np.testing.assert_array_equal(arrays["embedding"], embedding if script is rl2 else embedding.chunk(2, -1)[0])
 
 
 @SCRIPTS
 def test_rewards_are_scaled_with_the_discount(script, monkeypatch, tmp_path):
-    calls = spy(monkeypatch, script, "scale_rewards")
+    calls = spy_on(monkeypatch, script, "scale_rewards")
     flags = dict(normalise_reward=True) if "normalise_reward" in vars(script.Args()) else {}
     train(script, **FLAGS, **SMALL[script], **flags, gamma=0.37, run_dir=str(tmp_path))
-    assert len(calls) == 4 and all(call.args[2] == 0.37 for call in calls)
+    assert len(calls) == 4 and all(discount == 0.37 for (_, _, discount), _ in calls)
 
 
 @pytest.mark.parametrize("script", [milet, varibad], ids=lambda script: script.__name__)
 def test_number_and_size_of_elbo_updates(script, monkeypatch, tmp_path):
-    calls = spy(monkeypatch, script, "vae_update")
+    calls = spy_on(monkeypatch, script, "vae_update")
     run = train(script, **FLAGS, **SMALL[script], vae_updates=2, buffer_trials=7, run_dir=str(tmp_path))
     assert len(calls) == 2 * 3, "the first iteration only collects"
-    assert all(len(x) == 3 for call in calls for x in call.args[2])
+    assert all(len(x) == 3 for (_, _, batch, _), _ in calls for x in batch)
     stored = torch.load(run / "checkpoint.pt", weights_only=True)["buffer"]["trials"]
     assert [len(x) for x in stored] == [7] * 3
 
