@@ -18,7 +18,7 @@ Algorithm 1  l. 4   sample tasks T_j -> sample_tasks      l. 6, 7    υ = h(D_0)
 
 Symbols      θ -> theta [d], all parameters as one vector, with log σ; θ_k, φ_k of all tasks [task, d]; D_k -> Batch;
              α -> alpha [d], a rate of each parameter; η -> eta [learner, n]; ε -> clip; A -> advantage [task, rollout,
-             step]; π_θ(a|s) -> GaussianPolicy; υ -> upsilon [task, width]; τ -> tau [task, gains (and shifts) of all
+             step]; π_θ(a|s) -> GaussianPolicy; υ -> embedding [task, width]; τ -> tau [task, gains (and shifts) of all
              hidden units]; ω -> agent.encoder. The numbers of the equations are ours: (7) to (9) are the paper's (1),
              (2) and its φ = θ ⊙ τ, the others those of promp.py.
 
@@ -341,11 +341,11 @@ class Encoder(nn.Module):
         state, _ = self.gru(x.reshape(n * k, h, -1))
         state = nn.functional.pad(state, (0, 0, 1, 0))  # [rollout, step + 1, width]: 0 before the first step
         last = state[torch.arange(n * k), steps.flatten()]  # [rollout, width], D17
-        upsilon = self.of_task(self.of_rollout(last).view(n, k, -1).mean(1))  # Eq. (7); Alg. 1, l. 6
-        return upsilon, self.generator(upsilon)  # Eq. (8); Alg. 1, l. 7
+        embedding = self.of_task(self.of_rollout(last).view(n, k, -1).mean(1))  # Eq. (7); Alg. 1, l. 6
+        return embedding, self.generator(embedding)  # Eq. (8); Alg. 1, l. 7
 
 
-def infer(encoder: Callable | None, batch: Batch, args: Args) -> Tensor | None:
+def infer(encoder: Encoder | None, batch: Batch, args: Args) -> Tensor | None:
     """τ of every task from its D_0; none without modulation."""
     return None if encoder is None else encoder(batch, args)[1]
 
@@ -372,7 +372,18 @@ def modulate(policy: GaussianPolicy, theta: Tensor, tau: Tensor | None, args: Ar
     return torch.cat(parts, -1)
 
 
-def modulated(policy: GaussianPolicy, tau: Tensor | None, args: Args) -> Callable:
+def gain_statistics(encoder: Encoder | None, batch: Batch, args: Args) -> dict[str, float]:
+    """Of the gains of all units in all tasks, from D_0: mean, root mean square, and how much they differ by task."""
+    if encoder is None:
+        return {}
+    with torch.no_grad():
+        gain = torch.cat([gain for gain, _ in gains_and_shifts(infer(encoder, batch, args), args)], -1)  # [task, unit]
+    rms, spread = gain.square().mean().sqrt(), gain.std(0, correction=0).mean()
+    stats = dict(gain=gain.mean(), gain_rms=rms, gain_between_tasks=spread)
+    return {f"policy/{name}": value.item() for name, value in stats.items()}
+
+
+def with_tau(policy: GaussianPolicy, tau: Tensor | None, args: Args) -> Callable:
     """The policy with τ fixed: called with θ_k, it acts with φ_k."""
     return lambda theta, obs: policy(modulate(policy, theta, tau, args), obs)
 
@@ -410,15 +421,18 @@ def adapt(policy: GaussianPolicy, theta: Tensor, batch: Batch, alpha: float | Te
 
 
 def collect(
-    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: GaussianPolicy, encoder: Callable | None, theta: Tensor,
-    alphas: list[float | Tensor], rng: torch.Generator, args: Args,
+    env: gym.vector.VectorEnv, tasks: envs.Tasks, policy: GaussianPolicy, tau_of: Callable[[Batch], Tensor | None],
+    theta: Tensor, alphas: list[float | Tensor], rng: torch.Generator, args: Args,
 ) -> list[Batch]:  # fmt: skip
-    """D_0 .. D_n of every task: from θ_0 [task, d], and after a gradient step with each of the rates, Eq. (2)."""
+    """D_0 .. D_n of every task: from θ_0 [task, d], and after a gradient step with each of the rates, Eq. (2).
+
+    tau_of: τ of every task, given D_0, or none.
+    """
     data = [process(sample(env, tasks, policy, theta, rng, args), args)]  # without τ
     with torch.no_grad():
-        tau = infer(encoder, data[0], args)
+        tau = tau_of(data[0])
     for k, alpha in enumerate(alphas):
-        pi = policy if k == 0 and not args.modulate_first_step else modulated(policy, tau, args)  # D12
+        pi = policy if k == 0 and not args.modulate_first_step else with_tau(policy, tau, args)  # D12
         theta = adapt(pi, theta, data[-1], alpha, args)
         data.append(process(sample(env, None, policy, modulate(policy, theta, tau, args), rng, args), args))
     return data
@@ -447,17 +461,16 @@ def meta_objective(
     through the inner steps that τ is in.
     """
     *inner, outer = data
-    by_tau = modulated(policy, infer(encoder, data[0], args), args)
-    sampled_by = [policy, *[by_tau] * len(inner)]  # of D_0 .. D_n
+    modulated = with_tau(policy, infer(encoder, data[0], args), args)
     kls = []
-    for pi, batch in zip(sampled_by, inner):
-        output = pi(theta, batch.obs)
+    for k, batch in enumerate(inner):
+        output = (modulated if k else policy)(theta, batch.obs)  # of the policy that sampled D_k
         kls.append(mean_kl(*output, batch))  # Eq. (4)
-        if pi is policy and args.modulate_first_step:  # D12
-            output = by_tau(theta, batch.obs)
+        if k == 0 and args.modulate_first_step:  # D12
+            output = modulated(theta, batch.obs)
         (gradient,) = torch.autograd.grad(surrogate(*output, batch).sum(), theta, create_graph=True)  # Eq. (1)
         theta = theta - alpha * gradient  # Eq. (2), (9); Alg. 1, l. 8-9
-    output = sampled_by[-1](theta, outer.obs)
+    output = (modulated if inner else policy)(theta, outer.obs)
     s, kls = surrogate(*output, outer, args.clip), torch.stack([*kls, mean_kl(*output, outer)])  # Eq. (3), (4)
     penalty = (eta.T * kls[:-1]).sum(0) / max(1, len(inner))  # D7
     return s + penalty, s, kls  # Eq. (5)
@@ -532,7 +545,7 @@ def evaluate(
     theta, alpha = (agent[name].detach()[assign(tasks, args)] for name in ("theta", "alpha"))
     alpha = alpha if args.train_alpha else torch.full_like(alpha, args.alpha)  # may be another one at evaluation
     alphas = [alpha] * (args.eval_steps or max(1, args.inner_steps))
-    data = collect(env, tasks, policy, agent.encoder, theta, alphas, rng, args)
+    data = collect(env, tasks, policy, partial(infer, agent.encoder, args=args), theta, alphas, rng, args)
     arrays = dict(
         params=tasks.params, cluster=tasks.cluster, alpha=alpha.mean().item(),
         returns=np.stack([batch.reward.double().sum(-1).cpu().numpy() for batch in data]),
@@ -542,13 +555,13 @@ def evaluate(
     metrics = returns_by_step("eval/return_step", data, tasks.cluster)
     if agent.encoder is not None:
         with torch.no_grad():
-            upsilon, tau = agent.encoder(data[0], args)
+            embedding, tau = agent.encoder(data[0], args)
             phi = modulate(policy, theta, tau, args)
-        arrays["embedding"] = upsilon.cpu().numpy()
+        arrays["embedding"] = embedding.cpu().numpy()
         only_tau = sample(env, None, policy, phi, rng, args)
-        *_, only_steps = collect(env, tasks, policy, None, theta, alphas, rng, args)
+        *_, only_steps = collect(env, tasks, policy, lambda _: None, theta, alphas, rng, args)
         mean_tau = tau.mean(0, keepdim=True).expand_as(tau)
-        *_, with_mean = collect(env, tasks, policy, lambda *_: (upsilon, mean_tau), theta, alphas, rng, args)
+        *_, with_mean = collect(env, tasks, policy, lambda _: mean_tau, theta, alphas, rng, args)
         for name, batch in dict(modulated=only_tau, unmodulated=only_steps, mean_modulated=with_mean).items():
             returns = batch.reward.double().sum(-1).mean(1).cpu().numpy()
             metrics |= returns_by_cluster(f"eval/return_{name}", returns, tasks.cluster)
@@ -595,7 +608,8 @@ def train(args: Args, run: "Run") -> None:
         # l. 5-10: sample D_0, infer τ; adapt to D_k and sample D_k+1 with τ, n times
         with run.timer("sample"):
             theta, alpha = (agent[name].detach()[learner] for name in ("theta", "alpha"))
-            data = collect(env, tasks, policy, agent.encoder, theta, [alpha] * args.inner_steps, run.rng, args)
+            tau_of = partial(infer, agent.encoder, args=args)
+            data = collect(env, tasks, policy, tau_of, theta, [alpha] * args.inner_steps, run.rng, args)
         run.frames += sum(int(batch.taken.sum()) for batch in data)
 
         # l. 11-13: every learner steps on its own tasks, and ω on all
@@ -606,13 +620,7 @@ def train(args: Args, run: "Run") -> None:
         std, adapted = policy.log_std(agent["theta"].detach()).exp(), data[-1].log_std.exp()
         metrics |= {"policy/std": std.mean().item(), "policy/std_min": std.min().item()}
         metrics |= {"policy/std_adapted": adapted.mean().item(), "policy/std_adapted_min": adapted.min().item()}
-        if agent.encoder is not None:
-            with torch.no_grad():
-                tau = infer(agent.encoder, data[0], args)
-            gain = torch.cat([gain for gain, _ in gains_and_shifts(tau, args)], -1)  # [task, unit]
-            metrics |= {"policy/gain": gain.mean().item(), "policy/gain_rms": gain.square().mean().sqrt().item()}
-            metrics |= {"policy/gain_between_tasks": gain.std(0, correction=0).mean().item()}
-        run.log(metrics)
+        run.log(metrics | gain_statistics(agent.encoder, data[0], args))
 
 
 # == The same in every script ==========================================================================================

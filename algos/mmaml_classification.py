@@ -199,9 +199,9 @@ def normalise(a: Tensor, first: int | None) -> Tensor:
 
 
 def features(convs: list[Tensor], images: Tensor, tau: list[Tensor], operator: str, first: int | None = None) -> Tensor:
-    """Convolutions with weights of its own in every task, [task, ...], as one grouped one; means over the image.
+    """Means over the image of what the last convolution puts out: [task, image, 3, S, S] -> [task, image, channel].
 
-    [task, image, 3, S, S] -> [task, image, channel].
+    The channels of all tasks lie side by side, a group each: so a task's weights [task, ...] meet its own images.
     """
     tasks = len(images)
     a = images.transpose(0, 1).flatten(1, 2)  # [image, task channel, S, S]
@@ -572,7 +572,7 @@ def score_tasks(
 ) -> tuple[np.ndarray, Tensor]:
     """The accuracy of every task before and after its steps, [2, task], and υ [task, 128] (without ω: 0).
 
-    shared: [128], one υ for all tasks, in place of their own.
+    shared: [128], one υ for all tasks, in place of their own. With the mean υ it is the mean τ: Eq. (2) is affine.
     """
     steps, learner = args.eval_steps or args.inner_steps, assign(tasks, args)
     scores, embeddings = np.zeros((2, len(tasks))), torch.zeros(len(tasks), args.embedding)
@@ -601,18 +601,18 @@ def evaluate(tasks: envs.Tasks, data: list[DataSet], agent: nn.ModuleDict, args:
     images of one task of every data set [mode, K N, 3, S, S].
     """
     steps, cluster, metrics = args.eval_steps or args.inner_steps, tasks.cluster, {}
-    scores, embedding = score_tasks(tasks, data, "test", agent, args)
-    metrics |= returns_by_cluster("eval/return_step_0", scores[0], cluster)
-    metrics |= returns_by_cluster(f"eval/return_step_{steps}", scores[-1], cluster)
-    metrics |= intervals(f"eval/interval_step_{steps}", scores[-1], cluster)
+    (before, after), embedding = score_tasks(tasks, data, "test", agent, args)
+    metrics |= returns_by_cluster("eval/return_step_0", before, cluster)
+    metrics |= returns_by_cluster(f"eval/return_step_{steps}", after, cluster)
+    metrics |= intervals(f"eval/interval_step_{steps}", after, cluster)
     if all(len(one.classes["val"]) >= args.ways for one in data):  # MINI-IMAGENET has 16 classes
-        validation, _ = score_tasks(tasks, data, "val", agent, args)
-        metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation[-1], cluster)
+        (_, validation), _ = score_tasks(tasks, data, "val", agent, args)
+        metrics |= returns_by_cluster(f"eval/validation_step_{steps}", validation, cluster)
     if "omega" in agent:
-        same, _ = score_tasks(tasks, data, "test", agent, args, embedding.mean(0).to(args.device))  # τ is affine in υ
-        metrics |= returns_by_cluster("eval/return_mean_modulated", same[-1], cluster)
+        (_, same), _ = score_tasks(tasks, data, "test", agent, args, embedding.mean(0).to(args.device))
+        metrics |= returns_by_cluster("eval/return_mean_modulated", same, cluster)
     examples, _ = draw_images(tasks[: len(data)], data, "test", args)  # data sets are in turn
-    arrays = dict(params=tasks.params, cluster=cluster, accuracy=scores, examples=examples.x.cpu().numpy())
+    arrays = dict(params=tasks.params, cluster=cluster, accuracy=(before, after), examples=examples.x.cpu().numpy())
     return metrics, arrays | (dict(embedding=embedding.numpy()) if "omega" in agent else {})
 
 

@@ -309,19 +309,25 @@ class PerTask(NamedTuple):
 
 def inner_clip(args: Args) -> float:
     """Largest entry of an inner gradient (D5)."""
-    default = 0 if args.modulation == "none" else 10.0
-    return (default if args.inner_clip is None else args.inner_clip) or math.inf
+    if args.inner_clip is None:
+        return math.inf if args.modulation == "none" else 10.0
+    return args.inner_clip or math.inf
 
 
-def predict(theta: "PerTask | LowRank", x: Tensor, tau: list[Tensor], args: Args) -> tuple[Tensor, list]:
-    """f(x; θ_k, τ) [task, point, 1], and every layer's inputs, with a 1 for the bias, and outputs before modulation."""
+def run_layers(theta: "PerTask | LowRank", x: Tensor, tau: list[Tensor], args: Args) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's inputs, with a 1 for the bias, and its outputs before modulation; the last are f(x; θ_k, τ)."""
     h, layers = torch.cat([x, theta.t.expand(-1, x.shape[1], -1)], -1), []
     for i in range(len(theta.weights)):
         h = nn.functional.pad(h, (0, 1), value=1.0)
         a = theta.linear(i, h)
         layers.append((h, a))
         h = torch.relu(modulate(a, tau[i], args.modulation) if i < len(tau) else a)
-    return a, layers  # the last layer is neither modulated nor rectified
+    return layers  # the last is neither modulated nor rectified
+
+
+def predict(theta: "PerTask | LowRank", x: Tensor, tau: list[Tensor], args: Args) -> Tensor:
+    """f(x; θ_k, τ), [task, point, 1]."""
+    return run_layers(theta, x, tau, args)[-1][1]
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -335,8 +341,8 @@ def adapt(
     """θ_0 .. θ_n of every task, Eq. (4); τ stays as it is (Alg. 1, l. 8-9)."""
     thetas = [(LowRank if args.low_rank else PerTask).of(net, len(support.x))]
     for _ in range(steps):
-        prediction, layers = predict(thetas[-1], support.x, tau, args)
-        loss = squared_error(prediction, support.y).sum()
+        layers = run_layers(thetas[-1], support.x, tau, args)
+        loss = squared_error(layers[-1][1], support.y).sum()
         thetas.append(thetas[-1].step(loss, layers, args, create_graph))
     return thetas
 
@@ -419,7 +425,7 @@ def meta_step(
         own_support, own_query = support.of(mine), query.of(mine)
         _, tau = modulation_of(agent, own_support)
         thetas = adapt(agent["theta"][m], tau, own_support, args.inner_steps, args)
-        before, after = (squared_error(predict(thetas[k], own_query.x, tau, args)[0], own_query.y) for k in (0, -1))
+        before, after = (squared_error(predict(thetas[k], own_query.x, tau, args), own_query.y) for k in (0, -1))
         after.mean().backward()  # Eq. (5)
         errors[:, mine] = torch.stack([before, after]).detach()
     norms = clip_gradients(agent, args)  # D4
@@ -469,7 +475,7 @@ def predictions(
             own = [each[part] for each in tau]
             thetas = adapt(agent["theta"][m], own, support.of(part), steps, args, create_graph=False)
             with torch.no_grad():
-                values[:, part] = [predict(theta, x[part], own, args)[0][..., 0].cpu().numpy() for theta in thetas]
+                values[:, part] = [predict(theta, x[part], own, args)[..., 0].cpu().numpy() for theta in thetas]
     return values
 
 

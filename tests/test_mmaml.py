@@ -1,7 +1,9 @@
 """MMAML's mathematics: what ProMP's tests do not cover, which is the encoder, the modulation, and their gradients."""
 
 import csv
+import dataclasses
 import math
+from functools import partial
 
 import gymnasium as gym
 import mmaml
@@ -103,7 +105,7 @@ def make_data(policy, agent, tasks, args) -> list[mmaml.Batch]:
     tau = mmaml.infer(agent.encoder, data[0], args).detach()
     for k in range(args.inner_steps):
         in_force = tau if k > 0 or args.modulate_first_step else None
-        theta = mmaml.adapt(mmaml.modulated(policy, in_force, args), theta, data[-1], alpha, args)
+        theta = mmaml.adapt(mmaml.with_tau(policy, in_force, args), theta, data[-1], alpha, args)
         data.append(sampled(policy, mmaml.modulate(policy, theta, tau, args), args))
     return data
 
@@ -146,7 +148,7 @@ def test_modulated_parameters_do_what_modulated_activations_do(operator):
     theta, obs = torch.randn(3, sum(policy.sizes)), torch.randn(3, 9, 3)
     tau = torch.randn(3, agent.encoder.generator.out_features)
     phi = mmaml.modulate(policy, theta, tau, args)
-    mean, log_std = mmaml.modulated(policy, tau, args)(theta, obs)
+    mean, log_std = mmaml.with_tau(policy, tau, args)(theta, obs)
     torch.testing.assert_close(mean, policy(phi, obs)[0])
     for i in range(3):
         torch.testing.assert_close(mean[i], plain_mean(policy, theta[i], obs[i], tau[i], args))
@@ -181,9 +183,9 @@ def test_the_encoder_against_one_call_a_rollout():
     policy, agent, _ = make_agent(args)
     batch = sampled(policy, agent["theta"].detach().expand(5, -1), args)
     assert (batch.obs.view(5, 3, 6, 3)[~batch.taken] != 0).any(), "falls, and rubbish after them"
-    upsilon, tau = agent.encoder(batch, args)
-    assert upsilon.shape == (5, 7) and tau.shape == (5, 9)
-    torch.testing.assert_close(agent.encoder.generator(upsilon), tau)
+    embedding, tau = agent.encoder(batch, args)
+    assert embedding.shape == (5, 7) and tau.shape == (5, 9)
+    torch.testing.assert_close(agent.encoder.generator(embedding), tau)
     for i in range(5):
         torch.testing.assert_close(tau[i], plain_tau(agent.encoder, batch, i))
 
@@ -193,8 +195,8 @@ def test_nothing_after_a_fall_reaches_the_embedding_and_everything_before_does()
     policy, agent, _ = make_agent(args)
     batch = sampled(policy, agent["theta"].detach().expand(2, -1), args)
     inputs = [x.clone().requires_grad_() for x in (batch.obs, batch.action, batch.reward)]
-    upsilon, _ = agent.encoder(batch._replace(obs=inputs[0], action=inputs[1], reward=inputs[2]), args)
-    for gradient, size in zip(torch.autograd.grad(upsilon[:, 0].sum(), inputs), (3, 2, 1)):
+    embedding, _ = agent.encoder(batch._replace(obs=inputs[0], action=inputs[1], reward=inputs[2]), args)
+    for gradient, size in zip(torch.autograd.grad(embedding[:, 0].sum(), inputs), (3, 2, 1)):
         reached = (gradient.reshape(2, 3, 6, size) != 0).all(-1)
         assert torch.equal(reached, batch.taken)
 
@@ -227,7 +229,8 @@ def test_tau_comes_from_the_first_sample_and_stays(monkeypatch, first):
     theta = agent["theta"].detach().expand(4, -1)
     acted, sample = [], mmaml.sample
     monkeypatch.setattr(mmaml, "sample", lambda *a: acted.append(a[3]) or sample(*a))
-    data = mmaml.collect(env, tasks, policy, agent.encoder, theta, [0.5, 0.5], torch.Generator().manual_seed(0), args)
+    tau_of, rng = partial(mmaml.infer, agent.encoder, args=args), torch.Generator().manual_seed(0)
+    data = mmaml.collect(env, tasks, policy, tau_of, theta, [0.5, 0.5], rng, args)
     tau = agent.encoder(data[0], args)[1].detach()
 
     def step(theta, batch, tau):
@@ -341,8 +344,8 @@ def test_evaluation_tells_modulation_and_gradient_steps_apart(monkeypatch, opera
     if operator == "none":
         assert len(acted) == 3 and len(metrics) == 9 and "embedding" not in arrays
         return
-    upsilon, tau = agent.encoder(batches[0], args)
-    np.testing.assert_array_equal(arrays["embedding"], upsilon.detach().numpy())
+    embedding, tau = agent.encoder(batches[0], args)
+    np.testing.assert_array_equal(arrays["embedding"], embedding.detach().numpy())
     assert len(acted) == 10 and torch.equal(acted[3], mmaml.modulate(policy, theta, tau, args))
     plain = mmaml.adapt(policy, theta, mmaml.process(batches[4], args), agent["alpha"].detach().expand(4, -1), args)
     torch.testing.assert_close(acted[5], plain)
@@ -382,7 +385,20 @@ def test_one_task_has_no_spread_of_gains(tmp_path):
     (row,) = rows(train(mmaml, run_dir=str(tmp_path), **flags) / "metrics.csv")
     assert float(row["policy/gain_between_tasks"]) == 0
     assert float(row["policy/gain"]) == pytest.approx(1 / 5), "a softmax over five units"
-    assert 1 / 5 < float(row["policy/gain_rms"]) < 1
+
+
+def test_statistics_of_the_gains_by_hand():
+    args = small_args(modulation="softmax")
+    policy, agent, _ = make_agent(args)
+    batch = sampled(policy, agent["theta"].detach().expand(3, -1), args)
+    tau = agent.encoder(batch, args)[1].detach().numpy()
+    e = [np.exp(tau[:, :5]), np.exp(tau[:, 5:])]
+    gain = np.concatenate([layer / layer.sum(1, keepdims=True) for layer in e], axis=1)  # [task, unit]
+    spread = np.sqrt(((gain - gain.mean(0)) ** 2).mean(0)).mean()
+    wanted = {"gain": gain.mean(), "gain_rms": np.sqrt((gain**2).mean()), "gain_between_tasks": spread}
+    stats = mmaml.gain_statistics(agent.encoder, batch, args)
+    assert stats == pytest.approx({f"policy/{name}": value for name, value in wanted.items()})
+    assert mmaml.gain_statistics(None, batch, args) == {}
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -412,7 +428,9 @@ def test_the_fast_preset_is_of_three_points_with_a_ninth_of_the_frames():
     assert mmaml.parse_args(["--env", "point-4m"]) == fast
     assert mmaml.parse_args(["--env", "reacher-4m"]).preset == "paper"
     ratio = (paper.iterations * paper.tasks * paper.rollouts) / (fast.iterations * fast.tasks * fast.rollouts)
-    assert round(ratio) == 9 and fast.lr == pytest.approx(10 * paper.lr) and fast.alpha == paper.alpha
+    assert round(ratio) == 9 and fast.lr == pytest.approx(10 * paper.lr)
+    shorter = dict(preset="fast", iterations=300, tasks=12, rollouts=10, lr=5e-4)
+    assert fast == dataclasses.replace(paper, **shorter), "the rest is published"
 
 
 POSITIVE = "--alpha, --action-scale, --lr, --clip and --kl-target must be positive"
@@ -511,7 +529,7 @@ def test_figures_and_gains_are_of_the_data_they_name(monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
     collected, taus, collect, infer = [], [], mmaml.collect, mmaml.infer
     monkeypatch.setattr(mmaml, "collect", lambda *a: collected.append(collect(*a)) or collected[-1])
-    monkeypatch.setattr(mmaml, "infer", lambda *a: taus.append(a[1]) or infer(*a))
+    monkeypatch.setattr(mmaml, "infer", lambda *a, **kw: taus.append(a[1]) or infer(*a, **kw))
     flags = dict(env="point-2m", tasks=4, rollouts=2, horizon=6, iterations=1, eval_every=1, hidden=(5,))
     run = train(mmaml, run_dir=str(tmp_path), encoder_width=6, updates=1, **flags)
     training, last = collected[3], collected[4]  # an evaluation collects three times, the first is with τ

@@ -687,7 +687,7 @@ def test_a_real_format_can_be_learned(root, tmp_path):
     flags = dict(data=str(root), ways=2, horizon=3, img_size=16, channels=(8, 8), tasks=4, eval_episodes=3)
     run = train(few, env="images-5m", run_dir=str(tmp_path), iterations=20, eval_every=20, **(flags | dict(tasks=5)))
     loss = [row["train/loss"] for row in read(run / "metrics.csv")]
-    assert np.mean(loss[-5:]) < np.mean(loss[:5])
+    assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert "eval/return_step_5_cluster_4" in read(run / "eval.csv")[0]
 
 
@@ -797,6 +797,10 @@ def test_every_rule_has_a_case_and_presets_are_the_published_ones():
     assert len(few.check(few.Args(), envs.ENVIRONMENTS["drawn-3m"])) == len({message for _, message in RULES})
     five, one = few.parse_args(["--env", "images-5m"]), few.parse_args(["--env", "omniglot"])
     assert (five.tasks, five.iterations, five.alpha, five.inner_steps) == (10, 60000, 0.05, 5)
+    assert (five.ways, five.shots, five.horizon, five.img_size, five.modulation) == (5, 1, 16, 84, "film")
+    assert (five.lr, five.inner_clip, five.outer_clip) == (1e-3, 20, 0)
+    fast = dict(img_size=28, channels=(16, 32, 64, 64), embedding=64, tasks=6, outer_clip=2, iterations=1500)
+    assert few.parse_args([]) == few.Args(preset="fast", eval_every=100, **fast), "the rest is published"
     assert (one.tasks, one.iterations, one.alpha, one.inner_steps, one.modulation) == (10, 60000, 0.4, 1, "none")
     cub = few.parse_args(["--env", "cub"])
     assert (cub.tasks, cub.iterations, cub.alpha, cub.inner_steps, cub.modulation) == (4, 80000, 0.01, 5, "none")
