@@ -700,11 +700,10 @@ class Run:
         if self.iteration == 0:
             self.save()
             self.evaluation()
-        while self.iteration < iterations:
-            self.iteration += 1
+        for done in self.bar:
+            self.iteration = done + 1
             self.began, self.seconds, self.frames_before = time.perf_counter(), defaultdict(float), self.frames
             yield self.iteration
-            self.bar.update()
             if self.iteration == iterations or self.iteration % self.args.eval_every == 0:
                 self.evaluation()
             if self.iteration == iterations or self.iteration % self.args.save_every == 0 or self.stopped:
@@ -770,7 +769,7 @@ class Run:
                 init(**run, project=os.getenv("WANDB_PROJECT", "clean-meta-rl"), resume="allow", sync_tensorboard=True)
         self.tensorboard = SummaryWriter(str(self.path), purge_step=self.frames + 1)
         self.tensorboard.add_text("args", f"```\n{json.dumps(stored, indent=2)}\n```")
-        self.bar = tqdm(total=iterations, initial=self.iteration, disable=None)
+        self.bar = tqdm(range(self.iteration, iterations), total=iterations, initial=self.iteration, disable=None)
 
     def save(self) -> None:
         """agent.pt and checkpoint.pt; aside, then renamed: a kill leaves the last ones whole."""
@@ -802,7 +801,7 @@ class Run:
 
 def parse_args(argv: list[str]) -> Args:
     """The preset of --env, or the args.json of --resume or --evaluate, overridden by the explicit flags; checked."""
-    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    given, _ = tyro.cli(Args, args=[x for x in argv if x not in ("-h", "--help")], return_unknown_args=True)
     fail("--resume and --evaluate contradict each other", when=given.resume and given.evaluate)
     preset, folder = given.preset or ("fast" if given.env in FAST else "paper"), given.resume or given.evaluate
     fail(f"{given.env} has no fast preset", when=not folder and preset == "fast" and given.env not in FAST)
@@ -822,7 +821,8 @@ def parse_args(argv: list[str]) -> Args:
             stored = TypeAdapter(Args).validate_json(json.dumps(asdict(Args()) | stored), strict=True)
             env = envs.find(stored.env)
         default = replace(default, resume=folder) if begun else stored
-    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(envs.ENVIRONMENTS)}; fast: {', '.join(FAST) or None}."
+    fit = [x for x, c in envs.ENVIRONMENTS.items() if all(check(Args(env=x, **PAPER.get(x, {})), c).values())]
+    about = f"{__doc__.splitlines()[0]} Environments: {', '.join(fit)}; fast: {', '.join(FAST) or None}."
     args = tyro.cli(Args, args=argv, default=default, description=about)
     fixed = asdict(args).keys() - (ON_EVALUATE if args.evaluate else ON_RESUME) if folder else ()
     for name, value in asdict(args).items():

@@ -603,6 +603,22 @@ def test_tracking_without_a_login(tmp_path):
 
 def test_help_lists_environments_and_shows_the_preset():
     output = " ".join(run("rl2", "--env", "point-goal-4c", "--help").stdout.split())
-    assert "ant-cheetah-dir" in output and "discount factor" in output
+    assert "ant-goal-4c" in output and "discount factor" in output
+    assert "ant-cheetah-dir" not in output, "which it refuses"
     assert re.search(r"fast: .*point-goal-4c", output)
     assert "(default: fast)" in output and "(default: 3200000)" in output
+
+
+@pytest.mark.parametrize("script, fit", [("mmaml_regression", "functions-2m"), ("rmaml_reaching", "reaching-2d")])
+def test_help_lists_no_environment_that_the_script_refuses(script, fit, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    output = capsys.readouterr().out
+    assert fit in output and "ant-goal-4c" not in output
+
+
+def test_a_misspelled_flag_is_answered_with_the_default_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module("milet").parse_args(["--env", "point-goal-4c", "--framse", "1"])
+    shown = "".join(capsys.readouterr())
+    assert "--frames" in shown and "(default: 3200000)" in " ".join(shown.split())
