@@ -9,7 +9,9 @@
 # lets the runs save. If a run fails, the others save and stop, and no figure is drawn.
 # CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job, whose
 # run finishes its iteration and saves when it is preempted, or LEAD=600 seconds before its time is over (TIME must be
-# much longer); then the job queues again. sbatch also reads its own variables: SBATCH_PARTITION and others.
+# much longer); then the job queues again. sbatch also reads its own variables: SBATCH_PARTITION and others. (On a real
+# Slurm of one node a run that `scontrol requeue` interrupted ended as one that was left alone; the end of a job's time
+# was tried with stand-ins for Slurm's commands.)
 set -euo pipefail
 shopt -s nullglob # a method that has no stored run on an environment is not in its figure
 
@@ -26,7 +28,7 @@ campaigns() {
   run point-goal-4c__varibad__{0,1,2}__oracle --oracle
   figure point-goal-4c results/pearl/point-goal-4c__pearl__{0,1,2}
 
-  campaign ant '18 hours' 'the same without PEARL on ant-goal-4c, 3 seeds and 10 million frames each'
+  campaign ant '18 hours' 'MILET, VariBAD, RL2 and an oracle on ant-goal-4c, 3 seeds and 10 million frames each'
   run ant-goal-4c__{milet,varibad,rl2}__{0,1,2}
   run ant-goal-4c__varibad__{0,1,2}__oracle --oracle
   figure ant-goal-4c
@@ -40,7 +42,7 @@ campaigns() {
   figure bonuses point-goal-4c__milet__{0,1,2}__{clusters-4,no-exploration,no-r-h,no-r-c}
   figure clusters point-goal-4c__milet__{0,1,2}__clusters-{2,4,6,8,10}
 
-  campaign milet-ant-studies '28 hours' 'the same on ant-goal-4c, and numbers of clusters on ant-goal-u, 1 seed'
+  campaign milet-ant-studies '28 hours' "MILET's ablations on ant-goal-4c, and 2 to 10 clusters there and on ant-goal-u, 1 seed"
   for part in exploration stacked-gru consistency r-h r-c; do run ant-goal-4c__milet__0__no-"$part" --no-"$part"; done
   for n in 2 4 6 8 10; do run ant-goal-{4c,u}__milet__0__clusters-"$n" --clusters "$n"; done
   figure ablations ant-goal-4c__milet__0__{clusters-4,no-exploration,no-stacked-gru,no-consistency,no-r-h,no-r-c}
@@ -129,7 +131,13 @@ campaigns() {
   run point-{2m,4m,6m}__mmaml__0__promp-0.1 --modulation none --alpha 0.1
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-table-3 '18 hours' 'the same at the published setting, Table 3, and ProMP on the point with one mode'
+  campaign mmaml-variants '25 minutes' "MMAML on point-4m with the other operators, with τ in the first step too, with the official code's encoder"
+  for operator in film softmax sigmoid; do run point-4m__mmaml__0__"$operator" --modulation "$operator"; done
+  run point-4m__mmaml__0__first-step --modulate-first-step
+  run point-4m__mmaml__0__bug --encoder-official-bug
+  figure point-4m
+
+  campaign mmaml-table-3 '18 hours' 'MMAML, ProMP and Multi-ProMP on the point, published setting, Table 3; ProMP with one mode too'
   run point-1m__mmaml__{0,1,2}__promp --preset paper --modulation none
   run point-{2m,4m,6m}__mmaml__{0,1,2} --preset paper
   run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --preset paper --modulation none
@@ -137,13 +145,14 @@ campaigns() {
   run point-6m__mmaml__{0,1,2}__multi --preset paper --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-quarter '4 hours' 'MMAML (two α), ProMP (four, two rates of Adam) and Multi-ProMP on the point, a quarter of the published frames'
+  campaign mmaml-quarter '4 hours' 'MMAML (two α, two rates of Adam), ProMP (four, two) and Multi-ProMP on the point, a quarter of the published frames'
   small='--preset paper --tasks 20 --rollouts 10'
   run point-2m__mmaml__{0,1}__quarter $small
   run point-2m__mmaml__{0,1}__quarter-promp $small --modulation none
   run point-2m__mmaml__{0,1}__quarter-0.1 $small --alpha 0.1
   run point-2m__mmaml__{0,1}__quarter-promp-0.1 $small --modulation none --alpha 0.1
   for alpha in 0.3 1; do run point-2m__mmaml__0__quarter-promp-$alpha $small --modulation none --alpha $alpha; done
+  run point-2m__mmaml__{0,1}__quarter-lr $small --lr 5e-4
   run point-2m__mmaml__0__quarter-promp-lr $small --modulation none --lr 5e-4
   run point-2m__mmaml__0__quarter-promp-lr-0.1 $small --modulation none --lr 5e-4 --alpha 0.1
   run point-{4m,6m}__mmaml__0__quarter $small
@@ -152,12 +161,15 @@ campaigns() {
   for env in point-{2m,4m,6m}; do figure "$env"; done
   figure point-2m-mmaml point-2m__mmaml__0__quarter
 
-  campaign mmaml-robots '1 hour' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, MMAML on the ant, a share of the frames'
+  campaign mmaml-robots '2 hours' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, 3 seeds, and on the ant, 1 seed, a share of the frames'
   small='--tasks 12 --rollouts 10 --iterations 300'
-  run reacher-4m__mmaml__0__share $small
-  run reacher-4m__mmaml__0__share-promp $small --modulation none
-  run reacher-4m__mmaml__0__share-multi $small --modulation none --oracle
-  run ant-4m__mmaml__0__share --tasks 12 --rollouts 8 --iterations 100
+  run reacher-4m__mmaml__{0,1,2}__share $small
+  run reacher-4m__mmaml__{0,1,2}__share-promp $small --modulation none
+  run reacher-4m__mmaml__{0,1,2}__share-multi $small --modulation none --oracle
+  small='--tasks 12 --rollouts 8 --iterations 100'
+  run ant-4m__mmaml__0__share $small
+  run ant-4m__mmaml__0__share-promp $small --modulation none
+  run ant-4m__mmaml__0__share-multi $small --modulation none --oracle
   for env in reacher-4m ant-4m; do figure "$env"; done
 
   campaign mmaml-regression '33 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"
@@ -436,8 +448,8 @@ main() {
   [ ! "$chosen" ] || [ "${count[$chosen]:-}" ] || fail "no campaign $chosen; ./benchmark.sh lists them"
   [ ! "$chosen" ] || exit 0
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
-  printf '\n%-16s %4s  %s\n' CAMPAIGN RUNS 'ONE CORE'
-  for name in "${campaigns[@]}"; do printf '%-16s %4s  %s\n' "$name" "${count[$name]}" "${about[$name]}"; done
+  printf '\n%-17s %4s  %s\n' CAMPAIGN RUNS 'ONE CORE'
+  for name in "${campaigns[@]}"; do printf '%-17s %4s  %s\n' "$name" "${count[$name]}" "${about[$name]}"; done
 }
 
 main "$@"; exit

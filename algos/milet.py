@@ -278,9 +278,8 @@ class Decoder(nn.Module):
 
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
-        errors = []
-        for of_z, of_x, target, rows in zip(*self.parts(z, obs, action), truth, steps):  # rows: [term, decode], or all
-            errors.append((self.rest(of_z[:, None] + of_x[rows]) - target[rows]).square().mean())
+        of_z, of_x = self.parts(z, obs, action)
+        errors = [(self.rest(of_z[i][:, None] + of_x[i][t]) - truth[i][t]).square().mean() for i, t in enumerate(steps)]
         return torch.stack(errors).mean()
 
 
@@ -397,8 +396,8 @@ class TrialBuffer:
         self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        parts = (torch.stack([getattr(e, x).transpose(0, 1) for e in episodes], 1) for x in ("obs", "action", "reward"))
-        self.trials.extend(zip(*parts))  # [env, 2, T, ·]
+        obs, action, _, reward, *_ = (torch.stack(both).movedim(2, 0) for both in zip(*episodes))  # [env, 2, T, ·]
+        self.trials.extend(zip(obs, action, reward))
 
     def sample(self, batch: int) -> list[Tensor]:
         """Different trials, stacked."""
@@ -419,7 +418,6 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     """-Eq. (8), weighted as D1 and D2 say, on trials shaped as TrialBuffer.sample gives them; and its terms."""
     encoder, prior, device = agent["encoder"], agent["prior"], obs.device
     next_obs, a, r = obs[:, :, 1:].flatten(1, 2), action.flatten(1, 2), reward.flatten(1, 2)  # [trial, H+, ·]
-    trial_length = r.shape[1]  # H+
 
     # h_α, h_β and ln q(c|τ:t), t = 0..H+: [H+ + 1, trial, ·]. s_0 is not encoded (D13): t = 0 has h = 0.
     zero = torch.zeros(len(obs), args.hidden, device=device)
@@ -436,7 +434,7 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     z = q_z.mean + q_z.stddev * torch.randn(q_z.mean.shape).to(device)
 
     # ln p_ω(τ+|z), Eq. (5), at args.decodes random steps of the trial (0: at all)
-    steps = torch.randint(trial_length, (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
+    steps = torch.randint(r.shape[1], (*t.shape, args.decodes)).to(device) if args.decodes else [slice(None)] * len(t)
     reward_error = agent["reward_decoder"].error(z, obs, action, r[..., None], steps)
     state_error = torch.zeros((), device=device)
     if "state_decoder" in agent:
@@ -445,7 +443,8 @@ def elbo_loss(agent: nn.ModuleDict, obs: Tensor, action: Tensor, reward: Tensor,
     # The KLs of Eq. (4), p(c) uniform; L_I, Eq. (6), over consecutive steps; L_P, Eq. (7), over clusters (D3)
     kl_z = kl_divergence(q_z, prior(y)).sum(-1).mean()
     kl_c = np.log(args.clusters) + (log_q.exp() * log_q).sum(-1)[t, row].mean()
-    l_i = (log_q[:-1].exp() * (log_q[:-1] - log_q[1:])).sum((0, 2)).mean() / (trial_length - 1)  # over t and c; trials
+    kl_next = (log_q[:-1].exp() * (log_q[:-1] - log_q[1:])).sum(-1)  # [H+, trial]
+    l_i = kl_next.sum(0).mean() / (len(kl_next) - 1)  # the paper's 1 / (H+ - 1), of H+ terms
     every_c = torch.eye(args.clusters, device=device)
     l_p = kl_divergence(prior(every_c), agent["target"](every_c)).sum(-1).mean()
 
@@ -564,11 +563,11 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         metrics["eval/nmi"], metrics["eval/nmi_step_20"] = nmi(guess[-1]), nmi(guess[min(20, len(guess) - 1)])
         metrics["eval/ari"] = adjusted_rand_score(tasks.cluster, guess[-1])
         metrics["eval/nmi_by_parameters"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
-    obs, action, _, reward, q, belief = (torch.stack(pair).numpy() for pair in zip(explore, exploit))
-    mean, var = np.split(belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
-    trace = obs[..., :-1][..., :2]  # without the done flag
-    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, trace=trace, action=action)
-    arrays |= dict(reward=reward, cluster_belief=q, belief_mean=mean, belief_std=np.sqrt(var), embedding=mean[0, -1])
+    both = Episode(*(torch.stack(pair).numpy() for pair in zip(explore, exploit)))  # [episode, ...] each
+    mean, var = np.split(both.belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, embedding=mean[0, -1])
+    arrays |= dict(trace=both.obs[..., :-1][..., :2], action=both.action, reward=both.reward)  # no done flag
+    arrays |= dict(cluster_belief=both.q, belief_mean=mean, belief_std=np.sqrt(var))
     arrays |= dict(reward_weights=torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy())
     return {k: float(v) for k, v in metrics.items()}, arrays
 
@@ -600,7 +599,8 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(obs_dim, action_dim, args)
     trained = {name: [*agent[name].parameters()] for name in ("psi", "phi") if name in agent}
     trained["vae"] = [p for name in agent if name not in ("psi", "phi", "target") for p in agent[name].parameters()]
-    adam = {name: torch.optim.Adam(ps, getattr(args, f"lr_{name}"), fused=True) for name, ps in trained.items()}
+    rates = dict(psi=args.lr_psi, phi=args.lr_phi, vae=args.lr_vae)
+    adam = {name: torch.optim.Adam(ps, rates[name], fused=True) for name, ps in trained.items()}
     buffer = TrialBuffer(args.buffer_trials)
     state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 
@@ -619,11 +619,11 @@ def train(args: Args, run: "Run") -> None:
         trial = Episode(*(torch.cat([x[: args.horizon], y]) for x, y in zip(explore, exploit)))  # s'_0 in place of s_H
         rewards = scale_rewards(agent["reward_stats"], trial.reward, args.gamma)  # [H+, env]
         r_e = rewards[: args.horizon] + args.r_h * bonus_h + args.r_c * bonus_c
-        batches = {"psi": (explore, r_e), "phi": (exploit, rewards[args.horizon :])}
+        batches = dict(psi=(explore, r_e, args.entropy_psi), phi=(exploit, rewards[args.horizon :], args.entropy_phi))
         if not args.exploration:
-            batches = {"phi": (trial, rewards)}
+            batches = dict(phi=(trial, rewards, args.entropy_phi))
         if iteration == 1:  # D10
-            for name, (episode, _) in batches.items():
+            for name, (episode, *_) in batches.items():
                 agent[name].stats.update(episode.obs[:-1, :, :-1].to(args.device))
             continue
 
@@ -634,8 +634,8 @@ def train(args: Args, run: "Run") -> None:
         with run.timer("ppo"):
             left = 1 - (iteration - 1) / iterations  # of the run
             for name, batch in batches.items():
-                adam[name].param_groups[0]["lr"] = getattr(args, f"lr_{name}") * (left if args.anneal else 1)
-                losses = ppo_update(agent[name], adam[name], *batch, getattr(args, f"entropy_{name}"), args)
+                adam[name].param_groups[0]["lr"] = rates[name] * (left if args.anneal else 1)
+                losses = ppo_update(agent[name], adam[name], *batch, args)
                 metrics |= {f"{name}/{key}": value for key, value in losses.items()}
 
         # l. 9-10: θ and ω maximise Eq. (8)

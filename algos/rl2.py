@@ -450,14 +450,14 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """One trial of every held-out task: the metrics, and the arrays of eval.npz."""
     trial = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
-    obs, action, _, reward, belief = (torch.stack(pair).numpy() for pair in zip(*trial))  # [episode, H or H+1, ...]
     metrics = {}
-    for k in (0, 1):
-        returns = reward[k].astype(float).sum(0)
-        metrics |= returns_by_cluster(f"eval/return_episode_{k + 1}", returns, tasks.cluster)
-    trace = obs[..., :-1][..., :2]  # without the done flag
-    arrays = dict(trace=trace, action=action, reward=reward, embedding=belief[0, -1])
-    return metrics, arrays | dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed)
+    for k, episode in enumerate(trial, start=1):
+        returns = episode.reward.double().sum(0).numpy()
+        metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
+    both = Episode(*(torch.stack(pair).numpy() for pair in zip(*trial)))  # [episode, ...] each
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, embedding=both.belief[0, -1])
+    arrays |= dict(trace=both.obs[..., :-1][..., :2], action=both.action, reward=both.reward)  # no done flag
+    return metrics, arrays
 
 
 # == Training ==========================================================================================================

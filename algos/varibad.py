@@ -287,9 +287,8 @@ class Decoder(nn.Module):
 
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
         """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
-        errors = []
-        for of_z, of_x, target, rows in zip(*self.parts(z, obs, action), truth, steps):  # rows: [term, decode], or all
-            errors.append((self.rest(of_z[:, None] + of_x[rows]) - target[rows]).square().mean())
+        of_z, of_x = self.parts(z, obs, action)
+        errors = [(self.rest(of_z[i][:, None] + of_x[i][t]) - truth[i][t]).square().mean() for i, t in enumerate(steps)]
         return torch.stack(errors).mean()
 
 
@@ -403,8 +402,8 @@ class TrialBuffer:
         self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        parts = (torch.stack([getattr(e, x).transpose(0, 1) for e in episodes], 1) for x in ("obs", "action", "reward"))
-        self.trials.extend(zip(*parts))  # [env, 2, T, ·]
+        obs, action, _, reward, *_ = (torch.stack(both).movedim(2, 0) for both in zip(*episodes))  # [env, 2, T, ·]
+        self.trials.extend(zip(obs, action, reward))
 
     def sample(self, batch: int) -> list[Tensor]:
         """Different trials, stacked."""
@@ -548,16 +547,16 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """One trial of every held-out task: the metrics, and the arrays of eval.npz."""
     trial = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
-    obs, action, _, reward, belief = (torch.stack(pair) for pair in zip(*trial))  # [episode, H or H+1, task, ·]
-    q_z, metrics = agent["encoder"].task(belief), {}
-    for k in (0, 1):
-        returns = reward[k].double().sum(0).numpy()
+    q_z, metrics = agent["encoder"].task(torch.stack([episode.belief for episode in trial])), {}
+    for k, episode in enumerate(trial):
+        returns = episode.reward.double().sum(0).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k + 1}", returns, tasks.cluster)
         metrics[f"eval/belief_std_{k + 1}"] = q_z.stddev[k, -1].mean().item()
-    trace = obs[..., :-1][..., :2]  # without the done flag
-    arrays = dict(trace=trace, action=action, reward=reward, belief_mean=q_z.mean, belief_std=q_z.stddev)
-    arrays = {name: x.numpy() for name, x in arrays.items()} | {"embedding": q_z.mean[0, -1].numpy()}
-    return metrics, arrays | dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed)
+    both = Episode(*(torch.stack(pair).numpy() for pair in zip(*trial)))  # [episode, ...] each
+    mean, std = q_z.mean.numpy(), q_z.stddev.numpy()  # [episode, H+1, task, latent_dim]
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, embedding=mean[0, -1])
+    arrays |= dict(trace=both.obs[..., :-1][..., :2], action=both.action, reward=both.reward)  # no done flag
+    return metrics, arrays | dict(belief_mean=mean, belief_std=std)
 
 
 # == Training ==========================================================================================================
@@ -585,7 +584,8 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(obs_dim, action_dim, env.unwrapped.task_dim, args)
     trained = {"policy": [*agent["policy"].parameters()]}
     trained["vae"] = [p for name in agent if name != "policy" for p in agent[name].parameters()]
-    adam = {name: torch.optim.Adam(ps, getattr(args, f"lr_{name}"), fused=True) for name, ps in trained.items()}
+    rates = dict(policy=args.lr_policy, vae=args.lr_vae)
+    adam = {name: torch.optim.Adam(ps, rates[name], fused=True) for name, ps in trained.items()}
     buffer = TrialBuffer(args.buffer_trials)
     state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 
