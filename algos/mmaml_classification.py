@@ -128,7 +128,7 @@ MAY_BE_0 = ("seed", "num_threads", "inner_steps", "eval_steps")
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     return {
-        f"--env must be of images (drawn-3m, images-2m, ...), not a {env.__name__}": issubclass(env, FewShot),
+        f"--env must be of images (drawn-3m, images-2m, ...), not {args.env}": issubclass(env, FewShot),
         f"--tasks must be at least {env.num_clusters}, which hold every data set": args.tasks >= env.num_clusters,
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
         f"--oracle needs several data sets, and {args.env} has one": not args.oracle or env.num_clusters > 1,

@@ -113,7 +113,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     families, layers = env.num_clusters, 0 if args.modulation == "none" else args.modulated_layers
     idle = (args.modulated_layers, args.sort, args.lstm_hidden) == (Args.modulated_layers, Args.sort, Args.lstm_hidden)
     return {
-        f"--env must be functions-2m, -3m or -5m, not a {env.__name__}": issubclass(env, Functions5M),
+        f"--env must be functions-2m, -3m or -5m, not {args.env}": issubclass(env, Functions5M),
         f"--tasks must be a multiple of {families}": args.tasks % families == 0,
         "--oracle needs --modulation none": not args.oracle or args.modulation == "none",
         f"--modulated-layers must be at most {len(args.hidden)}": layers <= len(args.hidden),

@@ -90,7 +90,7 @@ START = 8.0, 2.0  # (D1)
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     return {
-        f"--env must be reaching-2d, not a {env.__name__}": args.env == "reaching-2d",
+        f"--env must be reaching-2d, not {args.env}": args.env == "reaching-2d",
         "--horizon must be 1": args.horizon == 1,
         f"--tasks must be at most {POINTS}, which are all": args.tasks <= POINTS,
         "--beta must be in (0, 1]": 0 < args.beta <= 1,

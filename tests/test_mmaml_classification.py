@@ -769,7 +769,7 @@ def test_training_is_a_loop_of_meta_steps(tmp_path):
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 RULES = [
-    ("--env point-goal-4c", "--env must be of images (drawn-3m, images-2m, ...), not a PointGoal4C"),
+    ("--env point-goal-4c", "--env must be of images (drawn-3m, images-2m, ...), not point-goal-4c"),
     ("--tasks 2", "--tasks must be at least 3, which hold every data set"),
     ("--oracle", "--oracle needs --modulation none"),
     ("--env omniglot --oracle", "--oracle needs several data sets, and omniglot has one"),

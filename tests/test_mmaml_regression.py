@@ -508,7 +508,7 @@ def test_training_is_a_loop_of_meta_steps(tmp_path, few_test_tasks):
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 RULES = [
-    ("--env point-goal-4c", "--env must be functions-2m, -3m or -5m, not a PointGoal4C"),
+    ("--env point-goal-4c", "--env must be functions-2m, -3m or -5m, not point-goal-4c"),
     ("--env functions-3m --tasks 50", "--tasks must be a multiple of 3"),
     ("--oracle", "--oracle needs --modulation none"),
     ("--hidden 10 10", "--modulated-layers must be at most 2"),

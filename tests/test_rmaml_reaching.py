@@ -156,7 +156,7 @@ def test_the_state_is_all_there_is(finished, tmp_path):
 
 
 RULES = [
-    ("--env point-goal-4c", "--env must be reaching-2d, not a PointGoal4C"),
+    ("--env point-goal-4c", "--env must be reaching-2d, not point-goal-4c"),
     ("--horizon 2", "--horizon must be 1"),
     ("--tasks 301", "--tasks must be at most 300, which are all"),
     ("--beta 0", "--beta must be in (0, 1]"),
