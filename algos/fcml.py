@@ -351,19 +351,19 @@ def inner_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Ar
 def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Callable]:
     """S_i(θ') [task], its gradient [task, d], and the product u -> F_i u with the Fisher matrix of π_θ' on D_n.
 
-    F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2): w -> Gᵀw is a gradient, linear in w; its own gradient is G u.
+    F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2). Autograd gives Gᵀw, which is linear in w: its gradient is G u.
     """
     theta = theta.detach().requires_grad_()
     output = policy(theta, batch.obs)  # mean, log σ
     loss = surrogate(*output, batch)
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
-    (vjp,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
+    (gt_w,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
     weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
     precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
-        of_mean, of_std = torch.autograd.grad(vjp, w, u.expand_as(theta), retain_graph=True)  # G u
+        of_mean, of_std = torch.autograd.grad(gt_w, w, u.expand_as(theta), retain_graph=True)  # G u
         return torch.autograd.grad(output, theta, [precision * of_mean, 2 * batch.used * of_std], retain_graph=True)[0]
 
     return loss.detach(), gradient, fisher
