@@ -80,7 +80,7 @@ import envs
 @dataclass
 class Args:
     env: str = "ant-cheetah-dir"  # environment id (module:id imports the module first)
-    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    preset: Literal["paper", "fast"] | None = None  # as published, or ours, within an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
     num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
@@ -89,7 +89,7 @@ class Args:
     save_every: int = 10  # meta-iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
     run_dir: str = "runs"  # folder in which the run gets its own folder
-    name: str | None = None  # name of that folder (if it exists, the run in it is continued; default: with the time)
+    name: str | None = None  # name of the run's folder (if it exists, its run is continued; default: with the time)
     resume: str | None = None  # run folder to continue (its args.json applies)
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 

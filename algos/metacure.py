@@ -87,7 +87,7 @@ import envs
 @dataclass
 class Args:
     env: str = "point-goal-sparse"  # environment id (module:id imports the module first)
-    preset: Literal["paper", "fast"] | None = None  # published settings, or ours for an hour (default where there are)
+    preset: Literal["paper", "fast"] | None = None  # as published, or ours, within an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
     num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
@@ -96,7 +96,7 @@ class Args:
     save_every: int = 5  # iterations between checkpoints
     track: bool = False  # mirror the run to Weights & Biases
     run_dir: str = "runs"  # folder in which the run gets its own folder
-    name: str | None = None  # name of that folder (if it exists, the run in it is continued; default: with the time)
+    name: str | None = None  # name of the run's folder (if it exists, its run is continued; default: with the time)
     resume: str | None = None  # run folder to continue (its args.json applies)
     evaluate: str | None = None  # run folder to evaluate without training (its args.json applies)
 
@@ -104,18 +104,18 @@ class Args:
     horizon: int = 100  # H, steps per episode (default: the environment's own)
     explorer_episodes: int = 1  # E, episodes in a trial of the explorer
     initial_trials: int = 2  # trials of the explorer in every training task before the first update
-    initial_steps: int = 200  # steps of the exploiter there, z from the prior
+    initial_steps: int = 200  # steps of the exploiter in every training task before the first update, z from the prior
     visits: int = 5  # number of tasks visited per iteration, drawn with replacement
     trials: int = 4  # trials of the explorer in a visit (D8)
     prior_steps: int = 200  # steps of the exploiter in a visit with z from the prior
     posterior_steps: int = 400  # steps of the exploiter in a visit with z from the posterior (D8)
     gradient_steps: int = 1000  # number of gradient steps per iteration
     refresh: int = 4  # steps after which the explorer's belief is renewed, in training (D10)
-    eval_refresh: int = 1  # the same on the held-out tasks
+    eval_refresh: int = 1  # the same (steps between renewals) on the held-out tasks
 
     latent_dim: int = 5  # dimensions of z
     encoder: Literal["gru", "snail"] = "gru"  # network that reads contexts (D11)
-    encoder_hidden: tuple[int, ...] = (64, 64, 64)  # widths of the layers before it; the last is the GRU's too
+    encoder_hidden: tuple[int, ...] = (64, 64, 64)  # widths of the layers before GRU or SNAIL; the last also the GRU's
     hidden: tuple[int, ...] = (300, 300, 300)  # widths of the hidden layers of policies, Q, V and D
     id_hidden: tuple[int, ...] = (64, 64, 64)  # widths of the hidden layers of P (D12)
     dynamics: bool = False  # D and P predict the next state too
