@@ -131,11 +131,16 @@ campaigns() {
   run point-{2m,4m,6m}__mmaml__0__promp-0.1 --modulation none --alpha 0.1
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-variants '25 minutes' "MMAML on point-4m with the other operators, with τ in the first step too, with the official code's encoder"
+  campaign mmaml-variants '35 minutes' "MMAML on point-4m with the other operators, τ in the first step too, the official code's encoder; six modes at radius 7"
   for operator in film softmax sigmoid; do run point-4m__mmaml__0__"$operator" --modulation "$operator"; done
   run point-4m__mmaml__0__first-step --modulate-first-step
   run point-4m__mmaml__0__bug --encoder-official-bug
   figure point-4m
+  small='--tasks 12 --rollouts 10 --iterations 300 --alpha 0.01 --lr 5e-4' # as the fast preset of point-6m
+  run point-6m-far__mmaml__0 $small
+  run point-6m-far__mmaml__0__promp $small --modulation none
+  run point-6m-far__mmaml__0__multi $small --modulation none --oracle
+  figure point-6m-far
 
   campaign mmaml-table-3 '18 hours' 'MMAML, ProMP and Multi-ProMP on the point, published setting, Table 3; ProMP with one mode too'
   run point-1m__mmaml__{0,1,2}__promp --preset paper --modulation none
