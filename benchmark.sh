@@ -299,7 +299,7 @@ campaigns() {
   run point-goal-4c__milet__{0,1,2}__std --init-std 0.5
   figure point-goal-4c
 
-  campaign figures '2 minutes' 'the learning curves of the pages, from the stored CSVs'
+  campaign figures '2 minutes' 'the learning curves of the pages, from the stored CSVs, into results/figures/ too'
   figure point_all results/{milet,rl2,varibad,pearl}/point-goal-4c__*__{0,1,2} results/varibad/point-goal-4c__varibad__{0,1,2}__oracle \
     results/metacure/point-goal-4c__metacure__0__20k
   figure ant_all results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__* results/rl2/ant-goal-4c__rl2__0__stopped
@@ -427,6 +427,16 @@ submit() { # NAME LOG: this script with --only NAME, as a job; never two of one 
   echo "job ${ids[-1]}: $1 -> $2"
 }
 
+publish() { # what the campaign figures drew goes where the pages show it: pooled curves; of some, those of clusters
+  local name
+  for name in "$folder"/figures/*; do cp "$name/learning_curve.png" "results/figures/${name##*/}.png"; done
+  for name in maml_inner_loss:maml_inner_loss maml_mixed_curve:maml_mixed_robots \
+    maml_cheetah_curve:maml_cheetah_directions promp_cheetah_curve:promp_cheetah_directions \
+    pearl_cheetah_curve:pearl_cheetah_directions; do
+    cp "$folder/figures/${name%:*}/learning_curve_clusters.png" "results/figures/${name#*:}.png"
+  done
+}
+
 fail() { echo "benchmark.sh: $*" >&2 && exit 2; }
 
 main() {
@@ -451,6 +461,7 @@ main() {
   campaigns
   finish
   [ ! "$chosen" ] || [ "${count[$chosen]:-}" ] || fail "no campaign $chosen; ./benchmark.sh lists them"
+  [ "$chosen$dry$only${SLURM:-}" != figures ] || publish
   [ ! "$chosen" ] || exit 0
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
   printf '\n%-17s %4s  %s\n' CAMPAIGN RUNS 'ONE CORE'

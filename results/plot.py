@@ -31,6 +31,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.metrics import normalized_mutual_info_score as nmi
+from threadpoolctl import threadpool_limits
 
 import envs
 
@@ -39,54 +40,44 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import EngFormatter
 
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update({"font.size": 9, "figure.constrained_layout.use": True})
+
 NOT_THE_METHOD = {"script", "seed", "run_dir", "name", "resume", "evaluate", "device", "num_threads", "track"}
-NOT_THE_METHOD |= {"save_every", "eval_every", "eval_steps", "eval_episodes", "data", "low_rank"}
+NOT_THE_METHOD |= {"preset", "save_every", "eval_every", "eval_steps", "eval_episodes", "data", "low_rank"}
 RETURN = re.compile(r"eval/return_(episode|step)_(\d+)(_cluster_\d+)?")
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
 COLOURS = {  # a method has one colour in all figures
-    "milet": "C0", "rl2": "C1", "varibad": "C2", "pearl": "C3", "maml": "C4", "promp": "C5", "cml": "C6", "rmaml": "C8",
-    "fcml": "C9", "hom": "darkgreen", "mmaml": "teal", "sop": "goldenrod", "metacure": "darkred",
+    "MILET": "C0", "RL²": "C1", "VariBAD": "C2", "PEARL": "C3", "MAML": "C4", "ProMP": "C5", "CML": "C6", "RMAML": "C8",
+    "FCML": "C9", "HoM": "darkgreen", "MMAML": "teal", "SoP": "goldenrod", "MetaCURE": "indigo",
 }  # fmt: skip
-NAMES = {
-    "milet": "MILET", "rl2": "RL²", "varibad": "VariBAD", "pearl": "PEARL", "maml": "MAML", "promp": "ProMP",
-    "cml": "CML", "rmaml": "RMAML", "fcml": "FCML", "hom": "HoM", "mmaml": "MMAML", "mmaml_regression": "MMAML",
-    "mmaml_classification": "MMAML", "sop": "SoP", "metacure": "MetaCURE",
-}  # fmt: skip
-UNMODULATED = {"mmaml": "promp", "mmaml_regression": "maml", "mmaml_classification": "maml"}  # with --modulation none
 OTHER_COLOURS = "black", "deeppink", "lime", "sienna"  # of scripts that are not in the list
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+NAMES = dict(rl2="RL²", mmaml_regression="MMAML", mmaml_classification="MMAML") | {k.lower(): k for k in COLOURS}
+UNMODULATED = dict(mmaml="ProMP", mmaml_regression="MAML", mmaml_classification="MAML")  # with --modulation none
+TOLD = {  # with --oracle
+    "MAML": "Multi-MAML", "ProMP": "Multi-ProMP", "VariBAD": "VariBAD, told the task", "SoP": "SoP, told the clusters",
+}  # fmt: skip
+ANCHORS = {"scripted, knows the task": "--", "standing still": ":"}
+MARKERS = "os^Dv<>"
+LINES = "-", "--", "-.", (0, (3, 1, 1, 1, 1, 1))
 
 # What eval.npz may hold. Sizes of one name agree; a gradient-based method has gradient steps in place of episodes.
 SHAPES = {
-    "params": ("task", "parameter"),
-    "cluster": ("task",),
-    "trace": ("episode", "state", "task", "coordinate"),
-    "returns": ("episode", "task", "rollout"),
-    "cluster_belief": ("episode", "state", "task", "inferred cluster"),
-    "belief_mean": ("episode", "state", "task", "latent"),
-    "belief_std": ("episode", "state", "task", "latent"),
-    "embedding": ("task", "dimension"),
-    "reward_weights": ("weight", "step"),
-    "action": ("episode", "step", "task", "action"),
-    "learner": ("task",),
-    "learner_returns": ("learner", "task"),
-    "train_cluster": ("point",),
-    "train_learner": ("point",),
-    "train_products": ("point", "point"),
-    "train_points": ("kind", "point", "component"),
-    "curves": ("stage", "shown task", "x"),
-    "truth": ("shown task", "x"),
-    "x": ("x",),
-    "support": ("shown task", "support point", "coordinate"),
+    "params": ("task", "parameter"), "cluster": ("task",), "trace": ("episode", "state", "task", "coordinate"),
+    "returns": ("episode", "task", "rollout"), "action": ("episode", "step", "task", "action"),
+    "cluster_belief": ("episode", "state", "task", "inferred cluster"), "reward_weights": ("weight", "step"),
+    "belief_mean": ("episode", "state", "task", "latent"), "belief_std": ("episode", "state", "task", "latent"),
+    "embedding": ("task", "dimension"), "learner": ("task",), "learner_returns": ("learner", "task"),
+    "train_cluster": ("point",), "train_learner": ("point",), "train_products": ("point", "point"),
+    "train_points": ("kind", "point", "component"), "curves": ("stage", "shown task", "x"), "x": ("x",),
+    "truth": ("shown task", "x"), "support": ("shown task", "support point", "coordinate"),
     "examples": ("mode", "image", "colour", "row", "column"),
-}
+}  # fmt: skip
 HERD_EMBEDDINGS = "fisher", "state-next-state", "latent", "gradient"  # the kinds of train_points
 NO_SHAPE = "alpha", "seed"  # a number, or several
 X_COLUMN = {"frames": "charts/frames", "iterations": "iteration"}
 
 # What is known of environments that only their scripts know: names of their modes, and the variance of the noise.
-SUPERVISED = {"mmaml_regression", "mmaml_classification"}
-OWN_ARGUMENT = dict(bias_dim="mmaml_regression", ways="mmaml_classification", repeats="rmaml_reaching", rates="rmaml")
 MODES = {
     "functions": ("sine", "line", "parabola", "hyperbolic tangent", "absolute value"),
     "images": ("OMNIGLOT", "MINI-IMAGENET", "FC100", "CUB", "AIRCRAFT"),
@@ -97,12 +88,9 @@ NOISE = 0.09
 
 @dataclass
 class Options:
-    runs: tyro.conf.Positional[list[Path]]
-    """run folders"""
-    out: Path | None = None
-    """where the figures go; default: figures/ in the first run"""
-    x: Literal["frames", "iterations"] = "frames"
-    """over what learning curves go: frames are fair to all, some papers count iterations"""
+    runs: tyro.conf.Positional[list[Path]]  # run folders
+    out: Path | None = None  # where the figures go; default, of one run: its figures/
+    x: Literal["frames", "iterations"] = "frames"  # of learning curves; frames are fair, some papers count iterations
 
 
 class Unusable(Exception):
@@ -130,15 +118,38 @@ def read_args(run: Path) -> dict:
         args = json.loads((run / "args.json").read_text())
         if not all(isinstance(args[name], str) and args[name] for name in ("script", "env")):
             raise ValueError("script and env must be names")
-        counts = [args[name] for name in ("horizon", "eval_prior_episodes", "ways") if args.get(name) is not None]
-        if any(type(n) is not int or n < 1 for n in counts):
-            raise ValueError("horizon, eval_prior_episodes and ways must be positive integers")
+        counts = [args.get(name) for name in ("horizon", "eval_prior_episodes", "shots", "ways")]
+        if any(type(n) is not int or n < 1 for n in counts if n is not None):
+            raise ValueError("horizon, eval_prior_episodes, shots and ways must be positive integers")
     return args
 
 
-def origin(args: dict) -> str:
-    """The script whose figures a run has: its own, or that from which it was copied, told by an argument."""
-    return next((script for argument, script in OWN_ARGUMENT.items() if argument in args), args["script"])
+def is_supervised(args: dict) -> bool:
+    """Of mmaml_regression.py, mmaml_classification.py (which has ways), or a copy: in their tasks nobody walks."""
+    return "shots" in args
+
+
+def must_agree(settings: list[dict]) -> None:
+    """Only runs on the same tasks stand on one figure, or in one table."""
+    for key in ("env", "horizon", "shots", "ways"):
+        values = {args.get(key) for args in settings}
+        if key == "horizon" and len(values) > 1 and None in values:
+            values = values - {None} | {make_env(settings[0]).horizon}
+        if len(values) > 1:
+            raise Unusable(f"runs that differ in {key} do not compare: {', '.join(sorted(map(str, values)))}")
+
+
+def no_arrays(run: Path, args: dict) -> str:
+    """That a run has no eval.npz, and how it gets one."""
+    script = f"python algos/{args['script']}.py"
+    if (run / "agent.pt").is_file():
+        return f"{run} has no eval.npz; {script} --evaluate {run} writes it"
+    return f"{run} has no eval.npz; nor agent.pt: train it again, {script}"
+
+
+def has_column(path: Path, beginning: str) -> bool:
+    with path.open(errors="replace") as file:
+        return any(name.startswith(beginning) for name in file.readline().split(","))
 
 
 def make_env(args: dict, **kwargs) -> envs.TaskVectorEnv:
@@ -177,7 +188,7 @@ def read_csv(path: Path, wanted: re.Pattern = RETURN) -> dict[str, np.ndarray]:
 
 
 def read_arrays(path: Path, env: envs.TaskVectorEnv | None) -> dict[str, np.ndarray]:
-    """Of eval.npz what SHAPES and NO_SHAPE name. env: None for SUPERVISED, in whose tasks nobody walks."""
+    """Of eval.npz what SHAPES and NO_SHAPE name. env: None for supervised runs."""
     clusters, needed, sizes = 5, {"params", "cluster"}, dict(weight=2, stage=3, colour=3)
     if env is None:
         sizes |= dict(coordinate=2)
@@ -192,20 +203,16 @@ def read_arrays(path: Path, env: envs.TaskVectorEnv | None) -> dict[str, np.ndar
         if missing := sorted(needed - data.keys()):
             raise ValueError(f"it has no {', '.join(missing)}")
         for name, array in data.items():
-            if name in SHAPES:
-                check_shape(name, list(array.shape), SHAPES[name], sizes)
+            shape, axes = list(array.shape), SHAPES.get(name)
+            if axes:  # axes of one name have one size in all arrays
+                known = [sizes.setdefault(axis, n) for axis, n in zip(axes, shape)]
+                if len(axes) != len(shape) or shape != known or 0 in known:
+                    raise ValueError(f"{name} has shape {shape}, not [{', '.join(axes)}] = {known}")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not made of finite numbers")
         if not np.isin(data["cluster"], range(clusters)).all():
             raise ValueError(f"cluster holds other numbers than 0 to {clusters - 1}")
     return data | {"cluster": data["cluster"].astype(int)}
-
-
-def check_shape(name: str, shape: list[int], axes: tuple[str, ...], sizes: dict[str, int]) -> None:
-    """Axes of one name have one size in all arrays; sizes is given those that are new."""
-    known = [sizes.setdefault(axis, n) for axis, n in zip(axes, shape)]
-    if len(axes) != len(shape) or shape != known or 0 in known:
-        raise ValueError(f"{name} has shape {shape}, not [{', '.join(axes)}] = {known}")
 
 
 # == Learning curves ===================================================================================================
@@ -217,8 +224,7 @@ class Method:
 
     label: str
     args: dict
-    colour: tuple
-    line: str
+    style: dict  # of its line
     tables: list[dict[str, np.ndarray]]  # eval.csv of every seed
 
     def returns(self) -> list[str]:
@@ -229,72 +235,73 @@ class Method:
 
 
 def algorithm(args: dict) -> str:
-    """The script whose algorithm a run has."""
-    script = args["script"]
-    return UNMODULATED.get(script, script) if args.get("modulation") == "none" else script
+    names = NAMES | (UNMODULATED if args.get("modulation") == "none" else {})
+    return names.get(args["script"], args["script"])
 
 
 def family(args: dict) -> str:
     """What the field calls it: a script may hold several methods."""
-    script, oracle = algorithm(args), args.get("oracle") is True
-    if script == "mmaml_regression" and args.get("inner_steps") == 0:
+    name = algorithm(args)
+    if args["script"] == "mmaml_regression" and name == "MMAML" and args.get("inner_steps") == 0:
         return "LSTM learner"
-    name = NAMES.get(script, script)
-    return f"Multi-{name}" if oracle and name in ("MAML", "ProMP") else f"{name}, oracle" if oracle else name
+    return TOLD.get(name, f"{name}, oracle") if args.get("oracle") is True else name
 
 
 def method_name(args: dict, settings: list[dict]) -> str:
-    """Its family, and the arguments in which its methods differ, but for values that more than half of them have.
-
-    A run of an older script may lack some.
-    """
-    others = [other for other in settings if family(other) == family(args)]
-    others = [{key: value for key, value in other.items() if key not in NOT_THE_METHOD} for other in others]
-    others = [other for n, other in enumerate(others) if other not in others[:n]]  # one of every method
-    parts = [family(args)]
-    for key in dict.fromkeys(itertools.chain(*others)):
-        value, words = args.get(key, "unknown"), key.replace("_", " ")
-        like = sum(value == other.get(key, "unknown") for other in others)
-        if like <= len(others) / 2:
-            parts.append(words if value is True else f"no {words}" if value is False else f"{words} {value}")
+    """Its family, its preset where presets differ, and the rarer values of flags; older scripts may lack some."""
+    parts, kin = [family(args)], [other for other in settings if family(other) == family(args)]
+    if len({other.get("preset") for other in kin}) > 1:
+        parts.append(f"{args.get('preset') or 'no'} preset")
+        kin = [other for other in kin if other.get("preset") == args.get("preset")]
+    kin = [{key: value for key, value in other.items() if key not in NOT_THE_METHOD} for other in kin]
+    kin = [other for n, other in enumerate(kin) if other not in kin[:n]]  # one of every method
+    for key in dict.fromkeys(itertools.chain(*kin)):
+        value, flag = args.get(key, "unknown"), key.replace("_", "-")
+        if sum(value == other.get(key, "unknown") for other in kin) <= len(kin) / 2:
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            parts.append(f"--{flag}" if value is True else f"--no-{flag}" if value is False else f"--{flag} {words}")
     return ", ".join(parts)
 
 
 def methods(settings: list[dict], tables: list[dict[str, np.ndarray]]) -> list[Method]:
-    """Methods of one algorithm have shades of its colour, and lines of their own."""
-    groups = defaultdict(list)
+    """The first method of an algorithm has its colour, a second one a shade of it; of more, each another colour."""
+    groups, result = defaultdict(lambda: defaultdict(list)), []
     for args, table in zip(settings, tables):
-        groups[method_name(args, settings)].append((args, table))
-    others = sorted({algorithm(args) for args in settings} - COLOURS.keys())
-    colours = COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS)))
-    result, shade = [], defaultdict(itertools.count)
-    for label, runs in groups.items():
-        args, seeds = runs[0][0], [args["seed"] for args, _ in runs if "seed" in args]
-        if len(set(seeds)) < len(seeds):
-            raise Unusable(f"two runs of {label} have the same seed: is one a copy, or of older code?")
-        colour, n = np.array(to_rgb(colours[algorithm(args)])), next(shade[algorithm(args)])
-        much = 0.7 ** min(n, 2)  # more would be black or white
-        colour = colour if n == 0 else colour * much if n % 2 else 1 - (1 - colour) * much  # darker, lighter, ...
-        label = f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})".replace("$", r"\$")
-        line = ("-", "--", "-.", ":")[n % 4]
-        result.append(Method(label, args, tuple(colour), line, [table for _, table in runs]))
+        groups[algorithm(args)][method_name(args, settings)].append((args, table))
+    others = dict(zip(sorted(groups.keys() - COLOURS.keys()), itertools.cycle(OTHER_COLOURS)))
+    colours = {name: to_rgb((COLOURS | others)[name]) for name in groups}
+    spare = itertools.cycle([c for c in CLUSTER_COLOURS if c not in colours.values()] or CLUSTER_COLOURS)
+    for name, kin in groups.items():
+        for n, (label, runs) in enumerate(kin.items()):
+            seeds = [args["seed"] for args, _ in runs if "seed" in args]
+            if len(set(seeds)) < len(seeds):
+                raise Unusable(f"two runs of {label} have the same seed: is one a copy, or of older code?")
+            label += f" ({len(runs)} seed{'s' * (len(runs) > 1)}"
+            label += "; mean up to the end of the shortest" * (len({table["iteration"][-1] for _, table in runs}) > 1)
+            colour = next(spare) if n and len(kin) > 2 else tuple(0.6**n * c for c in colours[name])
+            style = dict(color=colour, linestyle=LINES[n % len(LINES)])
+            result.append(Method(f"{label})".replace("$", r"\$"), runs[0][0], style, [table for _, table in runs]))
+    for n, method in enumerate(sorted(result, key=lambda method: method.style["linestyle"] != "-")):
+        # of curves that coincide all are seen: the upper ones are thinner, or dashed
+        method.style |= dict(zorder=2 + n / 100, linewidth=2.6 - 1.4 * (n + 1) / (len(result) + 1))
     return result
 
 
 def title_of(column: str) -> str:
-    kind, k, _ = RETURN.fullmatch(column).groups()
-    return f"episode {k}" if kind == "episode" else after(int(k))
+    kind, k, cluster = RETURN.fullmatch(column).groups()
+    title = f"episode {k}" if kind == "episode" else after(int(k))
+    return title + (cluster or "").replace("_cluster_", ", cluster ")
 
 
-def after(k: int) -> str:
-    return f"after {k} gradient step{'s' * (k != 1)}" if k else "before a gradient step"
+def after(k: int, modulated: bool = False) -> str:
+    steps = f"{'modulation and ' * modulated}{k} gradient step{'s' * (k != 1)}"
+    return f"after {steps}" if k else "before a gradient step"
 
 
 def panels(compared: list[Method]) -> dict[str, list[str]]:
     """By title, the column of every method that a panel shows.
 
-    Methods that differ in the number of episodes (or gradient steps) have only the first and the last in common: the
-    first knows nothing of the task, the last is what adaptation makes of it.
+    Methods that differ in the number of episodes (or gradient steps) have only the first and the last in common.
     """
     columns = [method.returns() for method in compared]
     if all(names == columns[0] for names in columns):
@@ -303,19 +310,19 @@ def panels(compared: list[Method]) -> dict[str, list[str]]:
     return {"first: in an unknown task": first, "last: adapted to it": last}
 
 
-def scripted_return(args: dict, action: str) -> np.ndarray | None:
-    """Returns in the test tasks [task], mean of ten seeds: zero actions ("still"), or who knows them ("oracle")."""
-    tasks = make_env(args).task_set("test")
+def scripted_returns(args: dict, tasks: envs.Tasks) -> dict[str, np.ndarray]:
+    """Of ANCHORS: returns in these tasks [task], mean of ten seeds. Not every environment has a script that knows."""
     env = make_env(args, num_envs=len(tasks), horizon=args.get("horizon"))
-    if action == "oracle" and not hasattr(env, "oracle_action"):
-        return None
-    total = np.zeros(len(tasks))
-    for seed in range(0, 10000, 1000):  # neighbouring seeds share almost all random streams
-        env.reset(seed=seed, options={"tasks": tasks})
-        for _ in range(env.horizon):
-            move = env.oracle_action() if action == "oracle" else np.zeros(env.action_space.shape)
-            total += env.step(move)[1] / 10
-    return total
+    actions = getattr(env, "oracle_action", None), lambda: np.zeros(env.action_space.shape)
+    result = {}
+    for label, action in zip(ANCHORS, actions):
+        if action:
+            result[label] = np.zeros(len(tasks))
+            for seed in range(0, 10000, 1000):  # neighbouring seeds share almost all random streams
+                env.reset(seed=seed, options={"tasks": tasks})
+                for _ in range(env.horizon):
+                    result[label] += env.step(action())[1] / 10
+    return result
 
 
 def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[dict], out: Path, x: str) -> None:
@@ -323,66 +330,79 @@ def learning_curves(env: envs.TaskVectorEnv, settings: list[dict], tables: list[
 
     Pooled into learning_curve.png; of every true cluster, where there are several, into learning_curve_clusters.png.
     """
-    horizons = {args.get("horizon") or env.horizon for args in settings}
-    for what, values in (("environments", {args["env"] for args in settings}), ("horizons", horizons)):
-        if len(values) > 1:
-            raise Unusable(f"runs of different {what} on one figure: {', '.join(map(str, sorted(values)))}")
+    name, tasks, compared = settings[0]["env"], env.task_set("test"), methods(settings, tables)
+    columns, anchors = panels(compared), scripted_returns(settings[0], tasks)
+    look = dict(xlabel="environment frames", ylabel="return on held-out tasks")
+    levels = {f"{label}: {round(returns.mean())}": returns.mean() for label, returns in anchors.items()}
+    shown = [(title, names, levels) for title, names in columns.items()]
+    save(draw_curves(compared, shown, len(columns), x, look), out / "learning_curve.png", name)
+    shown = []
+    for m in np.unique(tasks.cluster):
+        if any(k.endswith(f"_cluster_{m}") for table in tables for k in table):
+            levels = {label: returns[tasks.cluster == m].mean() for label, returns in anchors.items()}
+            for title, names in columns.items():
+                shown.append((f"{title}, cluster {m}", [f"{k}_cluster_{m}" for k in names], levels))
+    if shown:
+        save(draw_curves(compared, shown, len(columns), x, look), out / "learning_curve_clusters.png", name)
+
+
+def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]], out: Path, x: str) -> None:
+    """MMAML's regression (error) and classification (accuracy): all held-out tasks, and those of every mode.
+
+    Solid: after all gradient steps; dotted: before them, after modulation alone where there is one.
+    """
+    name, ways = settings[0]["env"], settings[0].get("ways")
+    if ways:
+        look, levels = dict(xlabel="images seen", ylabel="accuracy"), {f"chance: {1 / ways:.2f}": 1 / ways}
+    else:
+        look, levels = dict(xlabel="points seen", ylabel="mean squared error", yscale="log"), {f"noise: {NOISE}": NOISE}
+        tables = [{k: -v if RETURN.fullmatch(k) else v for k, v in table.items()} for table in tables]
     compared = methods(settings, tables)
-    shown = panels(compared)
-    anchors = {action: scripted_return(settings[0], action) for action in ("oracle", "still")}
-    anchors = {action: returns for action, returns in anchors.items() if returns is not None}
-    figure = draw_curves(compared, [shown], [{k: returns.mean() for k, returns in anchors.items()}], x)
-    figure.suptitle(settings[0]["env"])
-    save(figure, out / "learning_curve.png")
-
-    cluster = env.task_set("test").cluster
-    suffixes = {m: f"_cluster_{m}" for m in np.unique(cluster)}
-    suffixes = {m: s for m, s in suffixes.items() if any(k.endswith(s) for table in tables for k in table)}
-    if suffixes:
-        rows = [{f"{k}, cluster {m}": [c + s for c in shown[k]] for k in shown} for m, s in suffixes.items()]
-        levels = [{k: returns[cluster == m].mean() for k, returns in anchors.items()} for m in suffixes]
-        figure = draw_curves(compared, rows, levels, x)
-        figure.suptitle(settings[0]["env"])
-        save(figure, out / "learning_curve_clusters.png")
+    ends = [(names[0], names[-1]) for names in (method.returns() for method in compared)]
+    modes = sorted({match[3] for t in tables for k in t if (match := RETURN.fullmatch(k)) and match[3]})
+    titles = {"": "all"} | {suffix: mode_name(name, int(suffix.removeprefix("_cluster_"))) for suffix in modes}
+    before = {last + suffix: first + suffix for first, last in ends if first != last for suffix in titles}
+    shown = [(title, [last + suffix for _, last in ends], levels) for suffix, title in titles.items()]
+    figure = draw_curves(compared, shown, 3 if len(shown) % 3 == 0 else len(shown), x, look, before)
+    save(figure, out / "learning_curve.png", f"{name}: held-out tasks after all gradient steps (dotted: before them)")
 
 
-def draw_curves(compared: list[Method], rows: list[dict[str, list[str]]], anchors: list[dict], x: str) -> plt.Figure:
-    """The panels of every row, with the anchors of that row, by name."""
-    size = 4.2 * len(rows[0]), 2.6 * len(rows) + 0.6
-    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=size, sharex=True, sharey="row", squeeze=False)
-    budgets = [table[X_COLUMN[x]][-1] for method in compared for table in method.tables]
-    for row, row_axes, levels in zip(rows, axes, anchors):
-        drawn = [(method, column) for columns in row.values() for method, column in zip(compared, columns)]
-        late = [t[column][len(t[column]) // 4 :] for method, column in drawn for t in method.tables if column in t]
-        shown = np.concatenate([*late, [*levels.values()]])  # an untrained agent may fall out of the picture
-        margin = 0.05 * np.ptp(shown) or 1
-        row_axes[0].set_ylim(shown.min() - margin, shown.max() + margin)
-        row_axes[0].set_ylabel("return on held-out tasks")
-        for axis, (title, columns) in zip(row_axes, row.items()):
-            usual, all_differ = max(columns, key=columns.count), len(set(columns)) == len(columns) > 1
-            for method, column in zip(compared, columns):
-                draw_method(axis, method, column, named=all_differ or column != usual, x=x)
-            for action, level in levels.items():
-                name, style = ("oracle (knows the task)", "--") if action == "oracle" else ("standing still", ":")
-                label = f"{name}: {round(level)}" if len(rows) == 1 else name  # every row has its own level
-                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=label)
-            axis.set_title(title)
-    entries = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    columns = 1 if max(map(len, entries)) > 40 else 3
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=columns)  # below: it would hide curves
-    figure.legend(entries.values(), entries.keys(), fontsize=7, **place)
-    for axis in axes[-1]:
-        axis.set_xlabel("environment frames" if x == "frames" else x)
-    if max(budgets) >= 10 * min(budgets) > 0:
+def draw_curves(
+    compared: list[Method], shown: list[tuple], width: int, x: str, look: dict, before: dict | None = None
+) -> plt.Figure:
+    """Panels, width in a row: (title, a column of every method, levels by label); before: what is dotted beside one."""
+    size, height = width * (4.2 if width < 3 else 3.4), len(shown) // width
+    form = dict(figsize=(size, 2.6 * height + 0.6), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(height, width, **form)
+    budgets = [table[X_COLUMN[x]] for method in compared for table in method.tables]
+    budgets = [done[-1] for done in budgets if (done > 0).sum() > 1]  # not of one that has just begun
+    if budgets and max(budgets) >= 10 * min(budgets):
         axes[0][0].set_xscale("log", nonpositive="mask")
-    for axis in axes[-1]:
+    for axis, (title, columns, levels) in zip(axes.flat, shown):
+        usual, all_differ = max(columns, key=columns.count), len(set(columns)) == len(columns) > 1
+        for method, column in zip(compared, columns):
+            draw_method(axis, method, column, before is None and (all_differ or column != usual), x)
+            for table in method.tables:
+                if (first := (before or {}).get(column)) in table:
+                    axis.plot(table[X_COLUMN[x]], table[first], ":", color=method.style["color"], linewidth=1)
+        for label, level in levels.items():
+            line = ANCHORS.get(label.split(":")[0], "--")
+            axis.axhline(level, color="0.4", linestyle=line, linewidth=1, label=label)
+        axis.set(title=title, **look | (dict(xlabel=x) if x == "iterations" else {}))
         axis.xaxis.set_major_formatter(EngFormatter())  # 2 M
+        axis.label_outer()
+    if before is None:  # an untrained agent may fall out of the picture
+        values = [line.get_ydata() for axis in axes.flat for line in axis.get_lines()]
+        late = np.concatenate([y[len(y) // 4 :] for y in values])
+        margin = 0.05 * np.ptp(late) or 1
+        axes[0][0].set_ylim(late.min() - margin, late.max() + margin)
+    legend_below(figure)
     return figure
 
 
-def draw_method(axis: plt.Axes, method: Method, column: str, named: bool = False, x: str = "frames") -> None:
+def draw_method(axis: plt.Axes, method: Method, column: str, named: bool, x: str) -> None:
     """Mean and seeds of a column; named: the legend says which, for the panel shows others of other methods."""
-    tables = [table for table in method.tables if column in table]
+    tables, colour = [table for table in method.tables if column in table], method.style["color"]
     if not tables:
         return
     common = reduce(np.intersect1d, [table["iteration"] for table in tables])
@@ -390,18 +410,25 @@ def draw_method(axis: plt.Axes, method: Method, column: str, named: bool = False
     done = np.mean([table[X_COLUMN[x]][rows] for table, rows in zip(tables, kept)], axis=0)
     values = np.stack([table[column][rows] for table, rows in zip(tables, kept)])  # [seed, n]
     kind, k, _ = RETURN.fullmatch(column).groups()
-    label = f"{method.label}, {title_of(column)}" if named else method.label
+    label = f"{method.label}, {title_of(column).split(',')[0]}" if named else method.label
     if kind == "episode" and int(k) <= (method.args.get("eval_prior_episodes") or 0):
         label += ", z of the prior"  # not adapted within the episode, as others are
     if len(tables) >= 5:
         result = bootstrap((values,), np.mean, axis=0, method="percentile", rng=np.random.default_rng(0))
-        axis.fill_between(done, *result.confidence_interval, alpha=0.25, color=method.colour, linewidth=0)
+        axis.fill_between(done, *result.confidence_interval, alpha=0.25, color=colour, linewidth=0)
     elif len(tables) > 1:
         for table in tables:
-            axis.plot(table[X_COLUMN[x]], table[column], color=method.colour, linewidth=0.6, alpha=0.6)
+            axis.plot(table[X_COLUMN[x]], table[column], color=colour, linewidth=0.6, alpha=0.6)
     marker = "o" if len(done) < 3 else None  # a point alone makes no line
-    style = dict(color=method.colour, linestyle=method.line, linewidth=1.8, marker=marker, markersize=3)
-    axis.plot(done, values.mean(0), label=label, **style)
+    axis.plot(done, values.mean(0), label=label, marker=marker, markersize=3, **method.style)
+
+
+def legend_below(figure: plt.Figure) -> None:
+    """One legend for all panels, where it hides no curve."""
+    entries = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    columns = int(figure.get_figwidth() / (0.6 + 0.065 * max(map(len, entries))))  # inches
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=min(max(1, columns), len(entries)))
+    figure.legend(entries.values(), entries.keys(), fontsize=8, **place)
 
 
 # == Figures of one run ================================================================================================
@@ -418,34 +445,43 @@ def shown_cluster(data: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
 
 def draw_spread(axis: plt.Axes, values: np.ndarray) -> None:
     """Of values [step, task], the mean and the range of the middle 80 % of the tasks."""
-    axis.plot(values.mean(1))
-    axis.fill_between(range(len(values)), *np.quantile(values, (0.1, 0.9), axis=1), alpha=0.25, linewidth=0)
+    axis.plot(values.mean(1), label="mean of the tasks")
+    band = np.quantile(values, (0.1, 0.9), axis=1)
+    axis.fill_between(range(len(values)), *band, alpha=0.25, linewidth=0, label="middle 80 % of the tasks")
 
 
-def cluster_map(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """Test goals (crosses) and traces, coloured by the cluster inferred after exploration, or else by the true one.
+def cluster_map(env: envs.TaskVectorEnv, args: dict, data: dict[str, np.ndarray], path: Path) -> None:
+    """Test goals (shape: true cluster) and traces, coloured by the cluster inferred after exploration, or by the true.
 
-    A dotted line joins a goal to its trace where that ends more than a quarter of the way off, after the first episode,
-    in which the goal is not known.
+    A dotted line joins a goal to a trace that ends far off, but not in the first episode, where the goal is not known.
     """
-    guess, which = shown_cluster(data)
-    titles = [after(k) if "returns" in data else f"episode {k + 1}" for k in range(len(data["trace"]))]
-    far = np.linalg.norm(data["params"], axis=1).mean() / 4
-    figure, axes = plt.subplots(1, len(titles), figsize=(4 * len(titles), 4), sharex=True, sharey=True, squeeze=False)
-    for k, (axis, trace, title) in enumerate(zip(axes[0], data["trace"], titles)):
-        strays = np.linalg.norm(trace[-1] - data["params"], axis=1) > far
-        for i, goal in enumerate(data["params"]):
-            colour = CLUSTER_COLOURS[guess[i] % 10]
+    (guess, which), goals, traces = shown_cluster(data), data["params"], data["trace"]
+    away = np.linalg.norm(traces - goals, axis=-1)  # [episode, state, task]
+    far = np.linalg.norm(goals, axis=1).mean() / 4  # a quarter of the way
+    low, high = np.quantile(traces, (0.005, 0.995), axis=(0, 1, 2))  # a stray may fall out of the picture
+    low, high = np.minimum(low, goals.min(0)), np.maximum(high, goals.max(0))
+    margin = 0.07 * max(high - low)
+    xlim, ylim = np.stack([low - margin, high + margin], axis=1)
+    unit = " (m)" if isinstance(env, envs.MujocoVectorEnv) else ""
+    size = 4 * len(traces), 1.2 + 3.5 * np.ptp(ylim) / np.ptp(xlim)
+    figure, axes = plt.subplots(1, len(traces), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for k, (axis, trace) in enumerate(zip(axes[0], traces)):
+        strays = away[k, -1] > far
+        for i, goal in enumerate(goals):
+            colour, shape = CLUSTER_COLOURS[guess[i] % 10], MARKERS[data["cluster"][i] % 7]
             axis.plot(*trace[:, i].T, color=colour, linewidth=0.8, alpha=0.7)
-            axis.plot(*goal, "x", color=colour, markersize=7, markeredgewidth=2)
+            axis.plot(*trace[-1, i], ".", color=colour, markersize=4)
+            axis.plot(*goal, shape, color=colour, markersize=6, markeredgecolor="black", markeredgewidth=0.6)
             if strays[i] and k > 0:
                 axis.plot(*np.stack([trace[-1, i], goal]).T, ":", color=colour, linewidth=0.8)
-        axis.set(title=f"{title}: {strays.sum()} of {len(strays)} end far off", aspect="equal", xlabel="x (m)")
-    axes[0][0].set_ylabel("y (m)")
-    figure.set_figheight(1 + 3.4 * np.ptp(axes[0][0].get_ylim()) / np.ptp(axes[0][0].get_xlim()))
+        title = after(k, args.get("modulation", "none") != "none") if "returns" in data else f"episode {k + 1}"
+        title += f": {away[k].mean():.2f} off on average,\n{away[k, -1].mean():.2f} at the end, where "
+        axis.set_title(title + f"{strays.sum()} of {len(strays)} are more than {far:.2f} off", fontsize=9)
+        axis.set(aspect="equal", xlabel=f"x{unit}", ylabel=f"y{unit}", xlim=xlim, ylim=ylim)
+        axis.label_outer()
     score = f", NMI {nmi(data['cluster'], guess):.2f}" if which == "inferred" else ""
-    figure.suptitle(f"{env}: {len(np.unique(guess))} {which} clusters{score}" if data["cluster"].any() else env)
-    save(figure, path)
+    clusters = f": {len(np.unique(guess))} {which} clusters{score}" if data["cluster"].any() else ""
+    save(figure, path, f"{args['env']}{clusters}")
 
 
 def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -457,36 +493,34 @@ def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> Non
         (line,) = axis.plot(velocity, mean, "o-", markersize=3, label=after(k))
         axis.fill_between(velocity, mean - sd, mean + sd, alpha=0.2, color=line.get_color(), linewidth=0)
     alpha = f", α = {data['alpha']:g}" if "alpha" in data and data["alpha"].ndim == 0 else ""
-    axis.set(xlabel="target velocity (m/s)", ylabel="return", title=f"{env}{alpha}")
+    axis.set(xlabel="target velocity (m/s)", ylabel="return")
     axis.legend(fontsize=8)
-    save(figure, path)
+    save(figure, path, f"{env}{alpha}")
 
 
 def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.ndarray], path: Path) -> None:
-    """NMI of the inferred clusters, and the posterior's entropy, over the steps of the exploration episode."""
+    """The posterior's entropy and, of several true clusters, the NMI of the inferred ones, over the first episode."""
     q = data["cluster_belief"][0]  # [H+1, task, C]
-    entropy = -(q * np.log(q + 1e-8)).sum(-1)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-    if data["cluster"].max() > 0:
-        axes[0].plot([nmi(data["cluster"], step.argmax(-1)) for step in q], label="inferred clusters")
+    panels = 1 + bool(data["cluster"].any())
+    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3), squeeze=False)
+    if panels == 2:
+        left = axes[0][0]
+        left.plot([nmi(data["cluster"], step.argmax(-1)) for step in q], label="inferred clusters")
         rng = np.random.default_rng(0)
         chance = np.mean([nmi(data["cluster"], rng.integers(q.shape[-1], size=q.shape[1])) for _ in range(200)])
-        axes[0].axhline(chance, color="0.4", linestyle=":", linewidth=1, label=f"chance: {chance:.2f}")
+        left.axhline(chance, color="0.4", linestyle=":", linewidth=1, label=f"chance: {chance:.2f}")
         if "eval/nmi_by_parameters" in table:
             level = table["eval/nmi_by_parameters"][-1]
-            axes[0].axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"sees the task: {level:.2f}")
-        axes[0].legend(fontsize=7, loc="lower right")
-    axes[0].set(xlabel="step of the exploration episode", ylabel="NMI", ylim=(-0.02, 1.05))
-    draw_spread(axes[1], entropy)
-    axes[1].axhline(np.log(q.shape[-1]), color="0.4", linestyle=":", linewidth=1, label="uniform belief")
-    axes[1].set(
-        xlabel="step of the exploration episode",
-        ylabel="entropy of q(c) (nats)",
-        ylim=(0, 1.1 * np.log(q.shape[-1]) + 0.01),
-    )
-    axes[1].legend(fontsize=7)
-    figure.suptitle(env)
-    save(figure, path)
+            left.axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"sees the task: {level:.2f}")
+        left.set(ylabel="NMI", ylim=(-0.02, 1.05))
+    right, uniform = axes[0][-1], np.log(q.shape[-1])
+    draw_spread(right, -(q * np.log(q + 1e-8)).sum(-1))
+    right.axhline(uniform, color="0.4", linestyle="-.", linewidth=1, label="uniform belief")
+    right.set(ylabel="entropy of q(c) (nats)", ylim=(0, 1.1 * uniform + 0.01))
+    for axis in axes[0]:
+        axis.set_xlabel("step of the exploration episode")
+    legend_below(figure)
+    save(figure, path, env)
 
 
 def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -502,75 +536,60 @@ def task_belief(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     for axis in axes:
         axis.axvline(data["belief_mean"].shape[1] - 1, color="0.4", linestyle=":", linewidth=1)
         axis.set_xlabel("step of the trial")
-    figure.suptitle(f"{env}: the belief; dotted: the second episode begins; colour: true cluster")
-    save(figure, path)
+    legend_below(figure)
+    save(figure, path, f"{env}: the belief; dotted: the second episode begins; colour: true cluster")
 
 
-def planes(points: np.ndarray, perplexity: int = 30) -> dict[str, np.ndarray]:
-    """Points [n, dim] in the plane, by PCA and by t-SNE, [n, 2]."""
-    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
-    methods = {"PCA": PCA(2), "t-SNE": TSNE(2, perplexity=min(perplexity, len(points) - 1), random_state=0)}
-    return {name: method.fit_transform(points) for name, method in methods.items()}
-
-
-def draw_points(
-    axis: plt.Axes, plane: np.ndarray, colour: np.ndarray, shape: np.ndarray, size: int = 16, names: list | None = None
+def scatter_planes(
+    env: str, axes: np.ndarray, points: np.ndarray, colour: np.ndarray, shape: np.ndarray, what: str
 ) -> None:
-    """Points [n, 2], whose colour is one cluster and whose shape another, [n] each; names: of the shapes."""
-    for kind in np.unique(shape):
-        mine = shape == kind
-        style = dict(marker="os^Dv<>"[kind % 7], s=size, alpha=0.8, label=names and names[kind])
-        axis.scatter(*plane[mine].T, c=[CLUSTER_COLOURS[c % 10] for c in colour[mine]], **style)
+    """PCA and t-SNE, a panel each, of points [n, dim], whose colour is one cluster and whose shape another, [n]."""
+    points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
+    tsne = TSNE(2, perplexity=min(30, len(points) // 3), random_state=0)
+    for axis, (kind, method) in zip(axes, {"PCA": PCA(2), "t-SNE": tsne}.items()):
+        with threadpool_limits(1):  # on a busy machine threads wait for each other
+            plane = method.fit_transform(points)
+        for m in np.unique(shape):
+            style = dict(marker=MARKERS[m % 7], s=np.clip(3200 / len(points), 6, 36), alpha=0.8)
+            colours = [CLUSTER_COLOURS[c % 10] for c in colour[shape == m]]
+            axis.scatter(*plane[shape == m].T, c=colours, label=mode_name(env, m), **style)
+        axis.set_title(f"{kind}, {what}")
 
 
-def embedding(env: str, data: dict[str, np.ndarray], path: Path, names: list[str] | None = None) -> None:
-    """PCA and t-SNE of what the method knows of each task after the first episode (PEARL: after the last).
-
-    Colour inferred, shape true cluster. Where no clusters are inferred, the colour is the true cluster too.
-    """
-    points = data["embedding"]  # [task, dim]
-    colours, which = shown_cluster(data)
-    many = len(points) > 100
+def embedding(env: str, data: dict[str, np.ndarray], path: Path) -> None:
+    """What is known of a task after the first episode (PEARL: the last); colour inferred cluster, or else the true."""
+    (colours, which), true = shown_cluster(data), data["cluster"]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-    for axis, (name, plane) in zip(axes, planes(points, 30 if many else 10).items()):
-        draw_points(axis, plane, colours, data["cluster"], size=6 if many else 36, names=names)
-        axis.set_title(f"{name} of the task embeddings")
-    if names:
-        legend_below(figure, axes[0], columns=5)
-    figure.suptitle(f"{env}: colour {'and' if which == 'true' else 'inferred,'} shape true cluster")
-    save(figure, path)
+    scatter_planes(env, axes, data["embedding"], colours, true, "task embeddings")
+    if which == "true" and true.any():
+        legend_below(figure)
+    save(figure, path, f"{env}: colour {'and' if which == 'true' else 'inferred,'} shape true cluster")
 
 
-def reward_weights(data: dict[str, np.ndarray], path: Path) -> None:
+def reward_weights(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     """MILET's Eq. (13): the weights of the two exploration rewards over an episode."""
     figure, axis = plt.subplots(figsize=(4.2, 3))
     for weight, name in zip(data["reward_weights"], (r"$\gamma_h$ (certainty)", r"$\gamma_c$ (consistency)")):
         axis.plot(weight, label=name)
-    axis.set(xlabel="step of the exploration episode", title="exploration reward weights, Eq. (13)")
+    axis.set_xlabel("step of the exploration episode")
     axis.legend()
-    save(figure, path)
+    save(figure, path, f"{env}: exploration reward weights, Eq. (13)")
 
 
 def herd(env: str, data: dict[str, np.ndarray], path: Path) -> None:
-    """PCA and t-SNE of what HoM and SoP cluster, from the inner products of the embeddings; silhouettes over clusters.
-
-    Colour member, shape true cluster. The members' number of clusters is the filled point.
-    """
+    """What HoM and SoP cluster, from inner products; silhouettes over clusters, filled: of as many as the members."""
     values, vectors = np.linalg.eigh(data["train_products"].astype(float))
     points = vectors * np.sqrt(values.clip(0))  # the embeddings, but for a rotation
     member, true = data["train_learner"].astype(int), data["train_cluster"].astype(int)
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    for axis, (name, plane) in zip(axes, planes(points).items()):
-        draw_points(axis, plane, member - 1, true)
-        axis.set_title(f"{name} of {len(points)} embeddings")
+    scatter_planes(env, axes, points, member - 1, true, f"{len(points)} embeddings")
     clusters = range(2, min(7, len(points)))
     scores = [silhouette_score(points, AgglomerativeClustering(k).fit_predict(points)) for k in clusters]
     axes[2].plot(clusters, scores, "o-", markerfacecolor="white")
     if member.max() in clusters:
         axes[2].plot(member.max(), scores[member.max() - 2], "oC0")
     axes[2].set(xlabel="clusters", ylabel="silhouette", title="Ward's clusters")
-    figure.suptitle(f"{env}: colour member, shape true cluster, NMI {nmi(true, member):.2f}")
-    save(figure, path)
+    save(figure, path, f"{env}: colour member, shape true cluster, NMI {nmi(true, member):.2f}")
 
 
 def herd_embeddings(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -579,18 +598,15 @@ def herd_embeddings(env: str, data: dict[str, np.ndarray], path: Path) -> None:
     figure, axes = plt.subplots(2, len(data["train_points"]), figsize=(13, 6.4), squeeze=False)
     for column, name, points in zip(axes.T, HERD_EMBEDDINGS, data["train_points"]):
         found = AgglomerativeClustering(k).fit_predict(points)
-        for axis, (kind, plane) in zip(column, planes(points).items()):
-            draw_points(axis, plane, found, true)
-            axis.set_title(f"{kind}, {name}, ARI {adjusted_rand_score(true, found):.2f}")
-    figure.suptitle(f"{env}: colour cluster, shape true cluster")
-    save(figure, path)
+        scatter_planes(env, column, points, found, true, f"{name}, ARI {adjusted_rand_score(true, found):.2f}")
+    save(figure, path, f"{env}: colour cluster, shape true cluster")
 
 
-def reaching(table: dict[str, np.ndarray], run: Path, path: Path) -> None:
+def reaching(env: str, run: Path, path: Path) -> None:
     """RMAML's Fig. 3: the way of the first agent of every strategy, where all of them end, and how far off they are."""
-    with blame(f"{run / 'eval.npz'} is damaged"):
-        with np.load(run / "eval.npz") as file:
-            points, cluster, theta = file["params"], file["cluster"], file["theta"]  # theta [strategy, repeat, 2]
+    table = read_csv(run / "eval.csv", re.compile(r"eval/(distance|x|y)_\w+"))
+    with blame(f"{run / 'eval.npz'} is damaged"), np.load(run / "eval.npz") as file:
+        points, cluster, theta = file["params"], file["cluster"], file["theta"]  # theta [strategy, repeat, 2]
     strategies = [name.removeprefix("eval/distance_") for name in table if name.startswith("eval/distance_")]
     figure, (plane, curve) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1.5, 1))
     plane.plot(*points[cluster == 0].T, ".", color="0.6", markersize=4, label="useful tasks")
@@ -603,82 +619,34 @@ def reaching(table: dict[str, np.ndarray], run: Path, path: Path) -> None:
     plane.plot(way[0][0], way[1][0], "k*", markersize=10, label="start")
     plane.set(aspect="equal", xlabel="x", ylabel="y", title=f"ways of one agent; dots: the ends of {theta.shape[1]}")
     curve.set(xlabel="meta-iteration", ylabel="distance to the useful centre", ylim=(0, None), title="mean over agents")
-    plane.legend(fontsize=7, loc="upper left")
-    curve.legend(fontsize=7)
-    save(figure, path)
+    legend_below(figure)
+    save(figure, path, env)
 
 
-def learned_rates(env: str, rates: str, table: dict[str, np.ndarray], path: Path) -> None:
+def learned_rates(env: str, scalar: bool, table: dict[str, np.ndarray], path: Path) -> None:
     """RMAML: α of every layer, and how many tasks of the batch, and of the replayed ones, are of every true cluster."""
     frames, batch = table["charts/frames"], [name for name in table if name.startswith("rmaml/batch_cluster_")]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     layers = [name for name in table if name.startswith("policy/alpha_layer_")]
-    for k, name in enumerate(layers[:1] if rates == "scalar" else layers):
-        label = "all parameters" if rates == "scalar" else "log σ" if name == layers[-1] else f"layer {k + 1}"
+    for k, name in enumerate(layers[:1] if scalar else layers):
+        label = "all parameters" if scalar else "log σ" if name == layers[-1] else f"layer {k + 1}"
         left.plot(frames, table[name], label=label)
-    left.set(yscale="log", xlabel="environment frames", ylabel="α")
+    left.set(yscale="log", ylabel="α")
     for m, name in enumerate(batch):
         right.plot(frames, table[name], color=CLUSTER_COLOURS[m % 10], label=f"cluster {m}")
         right.plot(frames, table[name.replace("batch", "replayed")], ":", color=CLUSTER_COLOURS[m % 10])
-    right.set(xlabel="environment frames", ylabel="tasks of the batch (dotted: replayed)", ylim=(0, None))
+    right.set(ylabel="tasks of the batch (dotted: replayed)", ylim=(0, None))
     for axis in (left, right):
         axis.legend(fontsize=7)
+        axis.set_xlabel("environment frames")
         axis.xaxis.set_major_formatter(EngFormatter())
-    figure.suptitle(env)
-    save(figure, path)
+    save(figure, path, env)
 
 
 def mode_name(env: str, mode: int) -> str:
     """Of environments that are known to their scripts alone."""
     names = MODES.get(env.split(":")[-1].split("-")[0], ())
     return names[mode] if mode < len(names) else f"cluster {mode}"
-
-
-def supervised_curves(settings: list[dict], tables: list[dict[str, np.ndarray]], path: Path, x: str) -> None:
-    """MMAML's regression (error) and classification (accuracy): all held-out tasks, and those of every mode.
-
-    Solid: after all gradient steps; dotted: before them, after modulation alone where there is one.
-    """
-    env, is_error = settings[0]["env"], origin(settings[0]) == "mmaml_regression"
-    sign = -1 if is_error else 1
-    tables = [{k: sign * v if RETURN.fullmatch(k) else v for k, v in table.items()} for table in tables]
-    compared = methods(settings, tables)
-    for method, colour in zip(compared, itertools.cycle(CLUSTER_COLOURS)):
-        method.colour = colour  # of one script: shades would be too near
-    modes = sorted({match[3] for t in tables for k in t if (match := RETURN.fullmatch(k)) and match[3]})
-    titles = {"": "all"} | {suffix: mode_name(env, int(suffix.removeprefix("_cluster_"))) for suffix in modes}
-    anchors = {"noise": NOISE} if is_error else {}
-    if settings[0].get("ways"):
-        anchors["chance"] = 1 / settings[0]["ways"]
-    width = len(titles) if len(titles) % 3 else 3
-    shape, size = (len(titles) // width, width), (3 * width, 2.6 * (len(titles) // width) + 0.6)
-    figure, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False)
-    for axis, (suffix, title) in zip(axes.flat, titles.items()):
-        for method in compared:
-            first, last = (method.returns()[k] + suffix for k in (0, -1))
-            draw_method(axis, method, last, x=x)
-            for table in method.tables:
-                if first != last and first in table:
-                    axis.plot(table[X_COLUMN[x]], table[first], ":", color=method.colour, linewidth=1)
-        for name, level in anchors.items():
-            axis.axhline(level, color="0.4", linestyle="--", linewidth=1, label=f"{name}: {level:.2f}")
-        axis.set(title=title, yscale="log" if is_error else "linear")
-    for axis in axes[-1]:
-        axis.set_xlabel(x if x == "iterations" else "points seen" if is_error else "images seen")
-        axis.xaxis.set_major_formatter(EngFormatter())
-        axis.locator_params(axis="x", nbins=4)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("mean squared error" if is_error else "accuracy")
-    legend_below(figure, axes[0][0], columns=2)
-    figure.suptitle(f"{env}: held-out tasks after all gradient steps (dotted: before them)")
-    save(figure, path)
-
-
-def legend_below(figure: plt.Figure, axis: plt.Axes, columns: int) -> None:
-    """One legend for all panels, of what the first has."""
-    figure.legend(
-        *axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=columns, fontsize=8
-    )
 
 
 def fitted_curves(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -701,9 +669,8 @@ def fitted_curves(env: str, data: dict[str, np.ndarray], path: Path) -> None:
             margin = 0.2 * np.ptp(inside) + 0.2
             axis.set_ylim(inside.min() - margin, inside.max() + margin)
         row[0].set_ylabel(mode_name(env, family))
-    legend_below(figure, axes[0][0], columns=5)
-    figure.suptitle(env)
-    save(figure, path)
+    legend_below(figure)
+    save(figure, path, env)
 
 
 def examples(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -715,27 +682,12 @@ def examples(env: str, data: dict[str, np.ndarray], path: Path) -> None:
             axis.imshow(image)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(mode_name(env, mode))
-    figure.suptitle(f"{env}: the support images of a task of every data set")
-    save(figure, path)
+    save(figure, path, f"{env}: the support images of a task of every data set")
 
 
-def supervised(settings: list[dict], tables: list[dict], data: dict[str, np.ndarray], out: Path, x: str) -> None:
-    """The figures of mmaml_regression.py and mmaml_classification.py; without data, the learning curves alone."""
-    for key, what in dict(script="scripts", env="environments", shots="shots", ways="ways").items():
-        if len(values := {str(args.get(key)) for args in settings}) > 1:
-            raise Unusable(f"runs of different {what} on one figure: {', '.join(sorted(values))}")
-    env = settings[0]["env"]
-    supervised_curves(settings, tables, out / "learning_curve.png", x)
-    if "curves" in data:
-        fitted_curves(env, data, out / "curves.png")
-    if "examples" in data:
-        examples(env, data, out / "examples.png")
-    if "embedding" in data and len(data["embedding"]) > 2:
-        embedding(env, data, out / "embedding.png", [mode_name(env, m) for m in range(5)])
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
+def save(figure: plt.Figure, path: Path, title: str) -> None:
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     print(path)
@@ -745,38 +697,34 @@ def draw(options: Options) -> None:
     if not options.runs:
         raise Unusable("no run folder given, see --help")
     settings = [read_args(run) for run in options.runs]
-    run, data = options.runs[0], {}
+    must_agree(settings)
+    single, run, args, data = len(settings) == 1, options.runs[0], settings[0], {}
+    if not single and not options.out:
+        raise Unusable("several runs: say where the figure goes, --out FOLDER")
     out = options.out or run / "figures"
-    origins = {origin(args) for args in settings}
-    if "rmaml_reaching" in origins:  # the toy has no environment to look at
-        if len(settings) > 1:
+    if has_column(run / "eval.csv", "eval/distance_"):  # the toy has no environment to look at
+        if not single:
             raise Unusable("a run of rmaml_reaching.py is a figure of its own")
-        table = read_csv(run / "eval.csv", re.compile(r"eval/(distance|x|y)_\w+"))
-        out.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(STYLE):
-            return reaching(table, run, out / "reaching.png")
+        return reaching(args["env"], run, out / "reaching.png")
     tables = [read_csv(run / "eval.csv") for run in options.runs]
-    is_supervised = not SUPERVISED.isdisjoint(origins)
-    env = None if is_supervised else make_env(settings[0])
-    if len(options.runs) == 1:
-        if (run / "eval.npz").exists():
-            data = read_arrays(run / "eval.npz", env)
-        else:
-            print(f"{run} has no eval.npz, so that there are curves alone")
-    out.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        if is_supervised:
-            return supervised(settings, tables, data, out, options.x)
+    env = None if is_supervised(args) else make_env(args)
+    if single and (run / "eval.npz").exists():
+        data = read_arrays(run / "eval.npz", env)
+    elif single:
+        print(f"{no_arrays(run, args)}; without it there are curves alone")
+    if env is None:
+        supervised_curves(settings, tables, out, options.x)
+    else:
         learning_curves(env, settings, tables, out, options.x)
-        if len(settings) == 1:
-            figures_of_a_run(env, settings[0], run, data, tables[0], out)
+    if single:
+        figures_of_a_run(env, args, run, data, tables[0], out)
 
 
-def figures_of_a_run(env: envs.TaskVectorEnv, args: dict, run: Path, data: dict, table: dict, out: Path) -> None:
+def figures_of_a_run(env: envs.TaskVectorEnv | None, args: dict, run: Path, data: dict, table: dict, out: Path) -> None:
     """Those for which data, of eval.npz, and metrics.csv have what they need."""
-    name = args["env"]
-    if env.task_is == "goal" and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
-        cluster_map(name, data, out / "cluster_map.png")
+    name, task_is = args["env"], env and env.task_is
+    if task_is == "goal" and data and data["trace"].shape[-1] == data["params"].shape[-1] == 2:
+        cluster_map(env, args, data, out / "cluster_map.png")
     if "cluster_belief" in data:
         cluster_belief(name, data, table, out / "belief.png")
     elif "belief_mean" in data:
@@ -787,13 +735,15 @@ def figures_of_a_run(env: envs.TaskVectorEnv, args: dict, run: Path, data: dict,
         herd(name, data, out / "herd.png")
         if "train_points" in data:
             herd_embeddings(name, data, out / "embeddings.png")
-    if env.task_is == "velocity" and "returns" in data:
+    if task_is == "velocity" and "returns" in data:
         return_by_velocity(name, data, out / "return_by_velocity.png")
-    if origin(args) == "rmaml" and (run / "metrics.csv").is_file() and table["iteration"][-1] > 0:
-        training = read_csv(run / "metrics.csv", re.compile(r"policy/alpha_layer_\d+"))
-        learned_rates(name, args["rates"], training, out / "learned_rates.png")
-    if "reward_weights" in data:
-        reward_weights(data, out / "reward_weights.png")
+    metrics = run / "metrics.csv"
+    if metrics.is_file() and has_column(metrics, "policy/alpha_layer_") and table["iteration"][-1] > 0:
+        training = read_csv(metrics, re.compile(r"policy/alpha_layer_\d+"))
+        learned_rates(name, args.get("rates") == "scalar", training, out / "learned_rates.png")
+    for array, figure in dict(reward_weights=reward_weights, curves=fitted_curves, examples=examples).items():
+        if array in data:
+            figure(name, data, out / f"{array}.png")
 
 
 def main(options: Options) -> None:

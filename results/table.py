@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from plot import RETURN, SUPERVISED, Method, Unusable, methods, origin, read_args, read_csv
+from plot import RETURN, Method, Unusable, has_column, is_supervised, methods, must_agree, read_args, read_csv, title_of
 
 
 @dataclass
@@ -36,9 +36,10 @@ def table(compared: list[Method], clusters: bool, digits: int) -> str:
     """A row a method; the columns that any of their runs has, in the order of eval.csv."""
     names = dict.fromkeys(k for method in compared for seed in method.tables for k in seed)
     shown = [k for k in names if RETURN.fullmatch(k) and (clusters or "_cluster_" not in k)]
-    shown += [k for k in names if k == "eval/nmi"]
-    short = (k.removeprefix("eval/").removeprefix("return_").replace("_", " ") for k in shown)
-    rows = [["", "million frames", *short], ["---"] * (2 + len(shown))]
+    heads = [title_of(k) for k in shown]
+    if "eval/nmi" in names:
+        shown, heads = [*shown, "eval/nmi"], [*heads, "NMI"]
+    rows = [["", "million frames", *heads], ["---"] * (2 + len(shown))]
     for method in compared:
         common = reduce(np.intersect1d, [seed["iteration"] for seed in method.tables])
         if not len(common):
@@ -58,13 +59,11 @@ def main(options: Options) -> None:
         settings = [read_args(run) for run in options.runs]
         if len({run.resolve() for run in options.runs}) < len(options.runs):
             raise Unusable("a run is given twice")
-        if len(names := {args["env"] for args in settings}) > 1:
-            raise Unusable(f"runs of different environments in one table: {', '.join(sorted(names))}")
-        scripts = {origin(args) for args in settings}
-        if "rmaml_reaching" in scripts:
+        must_agree(settings)
+        if has_column(options.runs[0] / "eval.csv", "eval/distance_"):
             raise Unusable("rmaml_reaching.py has strategies, and no table: see its eval.csv")
         compared = methods(settings, [read_csv(run / "eval.csv") for run in options.runs])
-        digits = options.digits if options.digits is not None else 3 if scripts <= SUPERVISED else 1
+        digits = options.digits if options.digits is not None else 3 if is_supervised(settings[0]) else 1
         print(table(compared, options.clusters, digits))
     except (Unusable, OSError) as error:
         raise SystemExit(f"table.py: error: {' '.join(str(error).split())}") from None

@@ -1,6 +1,7 @@
 """What an agent does, as a film: side by side a held-out task of every true cluster (of one cluster, four of them).
 
     python results/video.py RUN               RUN/figures/video.gif
+    python results/video.py RUN --tasks 3 7 --out FILE.gif
 
 Of the scripts whose eval.npz holds actions: milet.py, varibad.py, rl2.py, pearl.py, sop.py, metacure.py.
 The actions that the last evaluation wrote into eval.npz are taken again, from the same starts; so the film shows the
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from mujoco.rendering.classic import gl_context
 from PIL import Image, ImageDraw, ImageFont
-from plot import CLUSTER_COLOURS, SUPERVISED, Unusable, make_env, origin, read_args, read_arrays
+from plot import CLUSTER_COLOURS, Unusable, has_column, is_supervised, make_env, no_arrays, read_args, read_arrays
 
 import envs
 
@@ -33,8 +34,9 @@ TRY_OPENGL = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mu
 
 @dataclass
 class Options:
-    run: tyro.conf.Positional[Path]
-    """run folder"""
+    run: tyro.conf.Positional[Path]  # run folder
+    out: Path | None = None  # the file; default: figures/video.gif in the run folder
+    tasks: tuple[int, ...] = ()  # which of the held-out tasks, from 0; default: the first of every true cluster
 
 
 # == Replay ============================================================================================================
@@ -170,12 +172,16 @@ def captioned(pictures: list[Image.Image], captions: list[list[tuple[str, tuple 
     return frame
 
 
-def film(env: envs.TaskVectorEnv, data: dict[str, np.ndarray]) -> tuple[list[Image.Image], list[int]]:
+def first_tasks(cluster: np.ndarray) -> list[int]:
+    """The first task of every cluster [task]; of one cluster, four of them."""
+    found = [int(np.flatnonzero(cluster == m)[0]) for m in np.unique(cluster)]
+    return found if len(found) > 1 else list(range(min(4, len(cluster))))
+
+
+def film(
+    env: envs.TaskVectorEnv, data: dict[str, np.ndarray], chosen: list[int]
+) -> tuple[list[Image.Image], list[int]]:
     """Episode after episode: the frames, and how many milliseconds each stays; the last of an episode for a second."""
-    clusters = np.unique(data["cluster"])
-    chosen = [int(np.flatnonzero(data["cluster"] == m)[0]) for m in clusters]
-    if len(clusters) == 1:
-        chosen = list(range(min(4, len(data["cluster"]))))
     episodes, horizon = data["action"].shape[:2]
     every = max(2, -(-episodes * horizon // FRAMES))
     camera, frames, stay = Camera(env), [], []
@@ -184,12 +190,13 @@ def film(env: envs.TaskVectorEnv, data: dict[str, np.ndarray]) -> tuple[list[Ima
             continue
         captions = []
         for i in chosen:
-            title = f"true cluster {data['cluster'][i]}" if len(clusters) > 1 else f"task {i}"
-            lines = [(title, None), (f"episode {k + 1}, step {t}", None)]
+            cluster = f", true cluster {data['cluster'][i]}" if data["cluster"].any() else ""
+            lines = [(f"task {i}{cluster}", None), (f"episode {k + 1}, step {t}", None)]
             lines += [(f"return so far {returns[i]:.1f}", None)]
             if "cluster_belief" in data:
                 q = data["cluster_belief"][k, t, i]
-                lines += [(f"inferred: {q.argmax()} ({q.max():.2f})", CLUSTER_COLOURS[q.argmax() % 10])]
+                letter = chr(ord("A") + q.argmax())  # a number would look like that of a true cluster
+                lines += [(f"inferred: {letter} ({q.max():.2f})", CLUSTER_COLOURS[q.argmax() % 10])]
             captions.append(lines)
         frames.append(captioned([camera.picture(i) for i in chosen], captions))
         stay.append(1000 if t == horizon else max(20, round(1000 * env.dt * every)))
@@ -198,28 +205,28 @@ def film(env: envs.TaskVectorEnv, data: dict[str, np.ndarray]) -> tuple[list[Ima
 
 
 def write_gif(frames: list[Image.Image], stay: list[int], path: Path) -> None:
-    """With the colours of all frames, and half of the frames where it would be large."""
+    """With the colours of all frames and exactly those of clusters, and half of the frames where it would be large."""
     width, height = frames[0].size
     some = frames[:: max(1, len(frames) // 8)]
     montage = Image.new("RGB", (width, height * len(some)))
     for n, frame in enumerate(some):
         montage.paste(frame, (0, height * n))
-    palette = montage.quantize(128)
+    palette = montage.quantize(128 - len(CLUSTER_COLOURS))
+    exact = [round(255 * c) for colour in CLUSTER_COLOURS for c in colour]
+    palette.putpalette(palette.getpalette()[: 3 * (128 - len(CLUSTER_COLOURS))] + exact)
     small = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    small[0].save(path, save_all=True, append_images=small[1:], duration=stay, loop=0)
+    small[0].save(path, "GIF", save_all=True, append_images=small[1:], duration=stay, loop=0)
     if path.stat().st_size > BYTES and len(frames) > 2:
         write_gif(frames[::2], [sum(stay[n : n + 2]) for n in range(0, len(stay), 2)], path)
 
 
 def render(options: Options) -> None:
     args = read_args(options.run)
-    path, script = options.run / "eval.npz", f"python algos/{args['script']}.py"
-    if origin(args) in {"rmaml_reaching", *SUPERVISED}:
+    path = options.run / "eval.npz"
+    if is_supervised(args) or has_column(options.run / "eval.csv", "eval/distance_"):
         raise Unusable(f"{options.run} is of {args['script']}.py, which has no robot to be filmed")
     if not path.is_file():
-        weights = (options.run / "agent.pt").is_file()
-        how = f"{script} --evaluate {options.run} writes it" if weights else f"nor agent.pt: train it again, {script}"
-        raise Unusable(f"{options.run} has no eval.npz; {how}")
+        raise Unusable(no_arrays(options.run, args))
     data = read_arrays(path, make_env(args))
     if missing := sorted({"action", "seed"} - data.keys()):
         raise Unusable(f"{path} has no {' and no '.join(missing)}: it cannot be replayed")
@@ -228,10 +235,12 @@ def render(options: Options) -> None:
         raise Unusable(f"{path}: action, trace and seed are not those of the same episodes")
     if not np.issubdtype(data["seed"].dtype, np.integer) or (data["seed"] < 0).any():
         raise Unusable(f"{path}: seed is not made of natural numbers")
+    if not set(options.tasks) <= set(range(tasks)):
+        raise Unusable(f"--tasks are numbers of held-out tasks, 0 to {tasks - 1}")
     env = make_env(args, num_envs=tasks, horizon=horizon, render_mode="rgb_array")
-    frames, stay = film(env, data)
-    out = options.run / "figures" / "video.gif"
-    out.parent.mkdir(exist_ok=True)
+    frames, stay = film(env, data, list(options.tasks) or first_tasks(data["cluster"]))
+    out = options.out or options.run / "figures" / "video.gif"
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_gif(frames, stay, out)
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
 

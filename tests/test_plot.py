@@ -66,14 +66,24 @@ def make_run(path: Path, script="milet", env="point-goal-4c", seed=0, kind="epis
 def drawn(monkeypatch) -> dict[str, plot.plt.Figure]:
     """The figures of plot.main by file name, instead of files."""
     figures = {}
-    monkeypatch.setattr(plot, "save", lambda figure, path: figures.update({path.name: figure}))
+
+    def save(figure, path, title):
+        figure.suptitle(title)
+        figures[path.name] = figure
+
+    monkeypatch.setattr(plot, "save", save)
     yield figures
     plot.plt.close("all")
 
 
-def error(*runs: Path, out: Path | None = None) -> str:
+def draw(*runs: Path, **options) -> None:
+    """Of a single run into its own folder, as without --out."""
+    plot.main(plot.Options(list(runs), **dict(out=runs[0].parent / "out" if len(runs) > 1 else None) | options))
+
+
+def error(*runs: Path, **options) -> str:
     with pytest.raises(SystemExit) as caught:
-        plot.main(plot.Options(list(runs), out))
+        draw(*runs, **options)
     message = str(caught.value)
     assert message.startswith("plot.py: error: ") and "\n" not in message
     return message
@@ -92,14 +102,14 @@ def test_all_figures_of_a_run_that_infers_clusters(tmp_path, drawn):
     data = arrays("point-goal-4c")
     data |= belief(data) | cluster_belief(data) | dict(seed=3, reward=np.zeros((2, H, 32)))
     figures = {"cluster_map.png", "belief.png", "embedding.png", "reward_weights.png"}
-    plot.main(plot.Options([make_run(tmp_path / "run", data=data)]))
+    draw(make_run(tmp_path / "run", data=data))
     assert set(drawn) == CURVES | figures
 
 
 def test_figures_of_a_run_that_infers_a_latent(tmp_path, drawn):
     data = arrays("point-goal-4c")
     run = make_run(tmp_path / "run", script="varibad", data=data | belief(data))
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == CURVES | {"cluster_map.png", "belief.png", "embedding.png"}
 
 
@@ -108,19 +118,19 @@ def test_figures_of_a_run_with_an_embedding_alone(tmp_path, drawn, dim):
     data = arrays("point-goal-4c", episodes=3)
     data["embedding"] = np.random.default_rng(0).normal(size=(32, dim))
     run = make_run(tmp_path / "run", script="pearl", ks=(1, 2, 3), data=data, eval_prior_episodes=1)
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == CURVES | {"cluster_map.png", "embedding.png"}
 
 
 def test_figures_of_a_gradient_based_run(tmp_path, drawn):
     data = arrays("point-goal-4c", states=H) | dict(returns=np.zeros((2, 32, 4)), alpha=0.1)
     run = make_run(tmp_path / "point", "maml", kind="step", ks=(0, 1), data=data)
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == CURVES | {"cluster_map.png"}
     drawn.clear()
     data = arrays("cheetah-vel", states=H) | dict(returns=np.zeros((2, 40, 4)), alpha=np.zeros(7))
     run = make_run(tmp_path / "vel", "maml", "cheetah-vel", kind="step", ks=(0, 1), data=data, clusters=0)
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == {"learning_curve.png", "return_by_velocity.png"}
 
 
@@ -131,14 +141,14 @@ def test_figures_of_an_environment_with_one_observation(tmp_path, drawn, env):
         envs.register(env, type("ProbeGoal", (probes.GuessSign,), {}))
     data = arrays(env)
     run = make_run(tmp_path / "run", env=env, data=data | belief(data), clusters=2)
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == CURVES | {"belief.png", "embedding.png"}
 
 
 def test_without_eval_npz_and_with_old_arguments(tmp_path, drawn):
     run = make_run(tmp_path / "run", "maml", "ml2", kind="step", ks=(0, 1), clusters=2)
     (run / "args.json").write_text('{"script": "maml", "env": "ml2"}')
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == CURVES
 
 
@@ -147,12 +157,43 @@ def test_cluster_map_marks_strays_once_the_goal_can_be_known(tmp_path, drawn):
     data["trace"] = np.zeros_like(data["trace"])
     data["trace"][1, -1] = data["params"]
     data["trace"][1, -1, :3] = 0
-    plot.main(plot.Options([make_run(tmp_path / "run", data=data)]))
+    draw(make_run(tmp_path / "run", data=data))
     first, second = drawn["cluster_map.png"].axes
-    assert "32 of 32" in first.get_title() and "3 of 32" in second.get_title()
+    away = np.linalg.norm(data["trace"] - data["params"], axis=-1)[1]
+    far = np.linalg.norm(data["params"], axis=1).mean() / 4
+    assert second.get_title().startswith(f"episode 2: {away.mean():.2f} off on average,\n{away[-1].mean():.2f} at the")
+    assert "32 of 32" in first.get_title() and f"3 of 32 are more than {far:.2f} off" in second.get_title()
     dotted = [[line for line in axis.get_lines() if line.get_linestyle() == ":"] for axis in (first, second)]
     assert [len(x) for x in dotted] == [0, 3]
     assert np.allclose([line.get_xydata() for line in dotted[1]], [[(0, 0), goal] for goal in data["params"][:3]])
+
+
+@pytest.mark.parametrize(
+    "modulation, title", [("film", "after modulation and 1 gradient step"), ("none", "after 1 gradient")]
+)
+def test_cluster_map_of_a_gradient_based_run(tmp_path, drawn, modulation, title):
+    """Its markers are true clusters; a stray does not set the limits; only robots walk in metres."""
+    data = arrays("point-4m", states=99) | dict(returns=np.zeros((2, 48, 4)))
+    data["trace"][0, -40:, 0] = 1000
+    run = make_run(tmp_path / "run", "mmaml", "point-4m", kind="step", ks=(0, 1), data=data, modulation=modulation)
+    draw(run)
+    first, second = drawn["cluster_map.png"].axes
+    assert first.get_title().startswith("before a gradient step:") and second.get_title().startswith(title)
+    assert first.get_xlabel() == "x" and first.get_ylabel() == "y" and not second.get_ylabel()
+    assert data["params"][:, 0].max() < max(first.get_xlim()) < 9
+    goals = {tuple(line.get_xydata()[0]): line.get_marker() for line in first.get_lines()}
+    shapes = [goals[tuple(goal)] for goal in data["params"]]
+    assert shapes == [plot.MARKERS[m] for m in data["cluster"]]
+    drawn.clear()
+    draw(make_run(tmp_path / "ant", env="ant-goal-4c", data=arrays("ant-goal-4c")))
+    assert drawn["cluster_map.png"].axes[0].get_xlabel() == "x (m)"
+
+
+def test_belief_on_one_true_cluster_is_one_panel(tmp_path, drawn):
+    data = arrays("point-goal-4c") | cluster_belief(arrays("point-goal-4c"))
+    draw(make_run(tmp_path / "run", data=data | dict(cluster=0 * data["cluster"])))
+    (axis,) = drawn["belief.png"].axes
+    assert axis.get_ylabel().startswith("entropy")
 
 
 def test_belief_reaches_one_who_sees_the_task(tmp_path, drawn):
@@ -161,9 +202,11 @@ def test_belief_reaches_one_who_sees_the_task(tmp_path, drawn):
     table = (run / "eval.csv").read_text().splitlines()
     ends = [",eval/nmi_by_parameters", *[",1"] * len(FRAMES)]
     (run / "eval.csv").write_text("".join(f"{line}{end}\n" for line, end in zip(table, ends)))
-    plot.main(plot.Options([run]))
+    draw(run)
     labels = drawn["belief.png"].axes[0].get_legend_handles_labels()[1]
     assert labels == ["inferred clusters", "chance: 0.13", "sees the task: 1.00"]
+    (legend,) = drawn["belief.png"].legends
+    assert "middle 80 % of the tasks" in [text.get_text() for text in legend.get_texts()]
     nmi, entropy = (axis.get_lines()[0].get_ydata() for axis in drawn["belief.png"].axes)
     assert np.allclose(nmi, [0] + H * [1]) and np.allclose(entropy, [np.log(4)] + H * [0], atol=1e-5)
     assert "NMI 1.00" in drawn["cluster_map.png"].get_suptitle()
@@ -174,7 +217,7 @@ def test_belief_reaches_one_who_sees_the_task(tmp_path, drawn):
 
 @pytest.mark.parametrize("seeds", [1, 3, 5])
 def test_few_seeds_are_drawn_one_by_one(tmp_path, drawn, seeds):
-    plot.main(plot.Options([make_run(tmp_path / str(seed), seed=seed) for seed in range(seeds)]))
+    draw(*[make_run(tmp_path / str(seed), seed=seed) for seed in range(seeds)])
     for axis in drawn["learning_curve.png"].axes:
         bold, *thin = lines(axis, f"MILET ({seeds} seed{'s' * (seeds > 1)})")
         assert len(thin) == (seeds if seeds == 3 else 0) and len(axis.collections) == (seeds == 5)
@@ -185,15 +228,15 @@ def test_few_seeds_are_drawn_one_by_one(tmp_path, drawn, seeds):
 
 def test_the_mean_ends_with_the_shortest_seed(tmp_path, drawn):
     runs = [make_run(tmp_path / "0"), make_run(tmp_path / "1", seed=1, frames=FRAMES[:2])]
-    plot.main(plot.Options(runs))
-    bold, *thin = lines(drawn["learning_curve.png"].axes[0], "MILET")
+    draw(*runs)
+    bold, *thin = lines(drawn["learning_curve.png"].axes[0], "MILET (2 seeds; mean up to the end of the shortest)")
     assert [len(line.get_xdata()) for line in (bold, *thin)] == [2, 4, 2]
 
 
 def test_other_numbers_of_episodes_share_the_first_and_the_last(tmp_path, drawn):
     runs = [make_run(tmp_path / "milet"), make_run(tmp_path / "maml", "maml", kind="step", ks=(0, 1, 2))]
     runs += [make_run(tmp_path / "pearl", "pearl", ks=(1, 2, 3, 4), eval_prior_episodes=1)]
-    plot.main(plot.Options(runs))
+    draw(*runs)
     first, last = drawn["learning_curve.png"].axes
     labels = [[label for label in axis.get_legend_handles_labels()[1] if "seed" in label] for axis in (first, last)]
     assert labels[0] == [
@@ -205,12 +248,15 @@ def test_other_numbers_of_episodes_share_the_first_and_the_last(tmp_path, drawn)
     ]  # fmt: skip
     expected = plot.read_csv(runs[2] / "eval.csv")["eval/return_episode_4"]
     assert np.array_equal(lines(last, "PEARL")[0].get_ydata(), expected)
-    titles = [axis.get_title() for axis in drawn["learning_curve_clusters.png"].axes]
+    clusters = drawn["learning_curve_clusters.png"].axes
+    assert len({axis.get_ylim() for axis in clusters}) == 1, "clusters compare"
+    assert [bool(axis.get_ylabel()) for axis in clusters] == 4 * [True, False]
+    titles = [axis.get_title() for axis in clusters]
     assert len(titles) == 8 and "cluster 0" in titles[0] and "cluster 0" in titles[1] and "cluster 3" in titles[7]
 
 
 def test_the_same_episodes_have_a_panel_each(tmp_path, drawn):
-    plot.main(plot.Options([make_run(tmp_path / script, script) for script in ("milet", "rl2")]))
+    draw(*[make_run(tmp_path / script, script) for script in ("milet", "rl2")])
     axes = drawn["learning_curve.png"].axes
     assert [axis.get_title() for axis in axes] == ["episode 1", "episode 2"]
     (legend,) = axes[0].figure.legends
@@ -222,29 +268,30 @@ def test_an_untrained_agent_may_fall_out_of_the_picture(tmp_path, drawn):
     run = make_run(tmp_path / "run", ks=(1,), clusters=0, frames=range(0, 8000, 1000))
     whole = (run / "eval.csv").read_text()
     (run / "eval.csv").write_text(whole.replace("\n0,0,-", "\n0,0,-99999"))
-    plot.main(plot.Options([run]))
+    draw(run)
     (axis,) = drawn["learning_curve.png"].axes
     low, high = axis.get_ylim()
     values = lines(axis, "MILET")[0].get_ydata()
     levels = [line.get_ydata()[0] for line in axis.get_lines()[1:]]
+    assert len(levels) == 2
     assert values[0] < -99999 < low < min(*values[2:], *levels) and max(*values, *levels) < high
 
 
 def test_a_method_keeps_its_colour(tmp_path, drawn):
     colours = set()
     for n, scripts in enumerate([("milet", "rl2"), ("pearl", "mine", "rl2")]):
-        plot.main(plot.Options([make_run(tmp_path / str(n) / script, script) for script in scripts]))
+        draw(*[make_run(tmp_path / str(n) / script, script) for script in scripts])
         for axis in drawn["learning_curve.png"].axes:
             names = [plot.NAMES.get(script, script) for script in scripts]
             assert len({lines(axis, name)[0].get_color() for name in names}) == len(names)
             colours.add(lines(axis, "RL²")[0].get_color())
-    assert colours == {plot.to_rgb(plot.COLOURS["rl2"])}
+    assert colours == {plot.to_rgb(plot.COLOURS["RL²"])}
     assert len({plot.to_rgb(c) for c in plot.COLOURS.values()}) == len(plot.COLOURS)
 
 
 def test_other_arguments_make_another_method(tmp_path, drawn):
     names = {"a": {}, "b": dict(seed=1), "c": dict(oracle=True), "d": dict(oracle=True, eval_every=3, seed=1)}
-    plot.main(plot.Options([make_run(tmp_path / k, "maml", **dict(oracle=False) | v) for k, v in names.items()]))
+    draw(*[make_run(tmp_path / k, "maml", **dict(oracle=False) | v) for k, v in names.items()])
     axis = drawn["learning_curve.png"].axes[0]
     without, oracle = lines(axis, "MAML (2 seeds)")[0], lines(axis, "Multi-MAML (2 seeds)")[0]
     assert without.get_color() != oracle.get_color()
@@ -255,24 +302,31 @@ def test_runs_of_one_seed_are_no_seeds(tmp_path):
     assert "two runs of MILET have the same seed" in error(*runs)
 
 
-@pytest.mark.parametrize("argument, script", plot.OWN_ARGUMENT.items())
-def test_a_copy_of_a_script_is_known_by_an_argument(argument, script):
-    """One that no other script has."""
-    assert plot.origin({"script": "mine", argument: 1}) == script and plot.origin({"script": "mine"}) == "mine"
-    scripts = {path.stem: importlib.import_module(path.stem) for path in (ROOT / "algos").glob("*.py")}
-    assert [name for name, module in scripts.items() if argument in vars(module.Args())] == [script]
+def test_supervised_scripts_are_known_by_their_arguments():
+    """Those that no other script has, so that copies are known too."""
+    scripts = {path.stem: vars(importlib.import_module(path.stem).Args()) for path in (ROOT / "algos").glob("*.py")}
+    supervised = {"mmaml_regression", "mmaml_classification"}
+    assert {name for name, args in scripts.items() if plot.is_supervised(args)} == supervised
+    assert {name for name, args in scripts.items() if "ways" in args} == {"mmaml_classification"}
 
 
 @pytest.mark.parametrize(
     "script, settings, names",
     [
-        ("hom", [dict(centre=False), dict(centre=True)], ["HoM, no centre", "HoM, centre"]),
+        ("hom", [dict(centre=False), dict(centre=True)], ["HoM, --no-centre", "HoM, --centre"]),
         ("mmaml", [dict(modulation="film"), dict(modulation="none")], ["MMAML", "ProMP"]),
-        ("promp", [dict(oracle=True, lr=x) for x in (1, 2)], ["Multi-ProMP, lr 1", "Multi-ProMP, lr 2"]),
-        ("rl2", [dict(), dict(oracle=True), dict(lr=8)], ["RL², lr unknown", "RL², oracle", "RL², lr 8"]),
+        ("promp", [dict(oracle=True, lr=x) for x in (1, 2)], ["Multi-ProMP, --lr 1", "Multi-ProMP, --lr 2"]),
+        ("varibad", [dict(), dict(oracle=True), dict(lr=8)],
+         ["VariBAD, --lr unknown", "VariBAD, told the task", "VariBAD, --lr 8"]),
+        ("maml", [dict(inner_clip=x) for x in (None, 0.0, False)],
+         ["MAML, --inner-clip None", "MAML, --inner-clip 0.0", "MAML, --no-inner-clip"]),
+        ("pearl", [dict(hidden=[64, 64]), dict(hidden=[300])], ["PEARL, --hidden 64 64", "PEARL, --hidden 300"]),
         ("mine", [dict()], ["mine"]),
         ("milet", [dict(r_h=True, clusters=4, seed=s) for s in (0, 1)] + [dict(r_h=False, clusters=4, seed=0),
-         dict(r_h=True, clusters=2, seed=0)], ["MILET", "MILET", "MILET, no r h", "MILET, clusters 2"]),
+         dict(r_h=True, clusters=2, seed=0)], ["MILET", "MILET", "MILET, --no-r-h", "MILET, --clusters 2"]),
+        ("rl2", [dict(preset="paper", lr=1, gamma=1), dict(preset="fast", lr=2, gamma=2),
+         dict(preset="fast", lr=2, gamma=3), dict(lr=9)],
+         ["RL², paper preset", "RL², fast preset, --gamma 2", "RL², fast preset, --gamma 3", "RL², no preset"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -284,8 +338,39 @@ def test_methods_have_the_names_of_the_field(script, settings, names):
 @pytest.mark.parametrize("factor, scale", [(9, "linear"), (10, "log")])
 def test_frames_are_logarithmic_where_budgets_differ(tmp_path, drawn, factor, scale):
     long = make_run(tmp_path / "rl2", "rl2", frames=[factor * f for f in FRAMES])
-    plot.main(plot.Options([make_run(tmp_path / "milet"), long]))
+    draw(make_run(tmp_path / "milet"), long)
     assert {axis.get_xscale() for axis in drawn["learning_curve.png"].axes} == {scale}
+
+
+@pytest.mark.parametrize("begun, scale", [((0, 100), "linear"), ((0, 100, 200), "log")])
+def test_a_run_that_has_just_begun_leaves_frames_linear(tmp_path, drawn, begun, scale):
+    draw(make_run(tmp_path / "milet"), make_run(tmp_path / "rl2", "rl2", frames=begun))
+    assert {axis.get_xscale() for axis in drawn["learning_curve.png"].axes} == {scale}
+
+
+def test_of_many_variants_each_has_a_colour(tmp_path, drawn):
+    """The first that of its algorithm, none that of another; of two, the second is a shade."""
+    form = dict(clusters=2, kind="step", ks=(0, 1))
+    runs = {("CML", n): make_run(tmp_path / f"cml{n}", "cml", lr=n, **form) for n in range(6)}
+    runs |= {("MAML", n): make_run(tmp_path / f"maml{n}", "maml", lr=n, **form) for n in range(2)}
+    draw(*runs.values())
+    axis = drawn["learning_curve.png"].axes[0]
+    colours = [lines(axis, f"{name}, --lr {n} ")[0].get_color() for name, n in runs]
+    maml = plot.to_rgb(plot.COLOURS["MAML"])
+    assert len(set(colours)) == 8 and colours[0] == plot.to_rgb(plot.COLOURS["CML"])
+    assert set(colours[1:6]) <= set(plot.CLUSTER_COLOURS) - {maml}
+    assert colours[6:] == [maml, tuple(0.6 * c for c in maml)]
+
+
+def test_curves_that_coincide_are_all_seen(tmp_path, drawn):
+    """What is above is thinner, and dashed lines are above the others."""
+    runs = [make_run(tmp_path / script, script) for script in ("milet", "rl2")]
+    draw(runs[0], make_run(tmp_path / "other", clusters=2, lr=9), runs[1])
+    axis = drawn["learning_curve.png"].axes[0]
+    shown = [lines(axis, name)[0] for name in ("MILET, --lr unknown", "RL²", "MILET, --lr 9")]
+    assert [line.get_linestyle() for line in shown] == ["-", "-", "--"]
+    height, width = ([getattr(line, f"get_{what}")() for line in shown] for what in ("zorder", "linewidth"))
+    assert height == sorted(set(height)) and width == sorted(set(width), reverse=True)
 
 
 # == What cannot be drawn ==============================================================================================
@@ -297,10 +382,11 @@ def test_frames_are_logarithmic_where_budgets_differ(tmp_path, drawn, factor, sc
 )
 def test_curves_over_iterations(tmp_path, drawn, script, kind, ks, label):
     env = "drawn-3m" if kind == "step" else "point-goal-4c"
-    run = make_run(tmp_path / "run", script, env, kind=kind, ks=ks)
+    supervised = dict(shots=1, ways=5) if kind == "step" else {}
+    run = make_run(tmp_path / "run", script, env, kind=kind, ks=ks, **supervised)
     table = plot.read_csv(run / "eval.csv")
     for x, axis_label, column in (("frames", label, "charts/frames"), ("iterations", "iterations", "iteration")):
-        plot.main(plot.Options([run], x=x))
+        draw(run, x=x)
         axis = drawn["learning_curve.png"].axes[0]
         assert axis.get_xlabel() == axis_label
         assert {tuple(line.get_xdata()) for line in lines(axis, plot.NAMES[script])} == {tuple(table[column])}
@@ -310,12 +396,13 @@ def test_curves_over_iterations(tmp_path, drawn, script, kind, ks, label):
 def test_runs_that_do_not_compare(tmp_path):
     runs = {"point": make_run(tmp_path / "a"), "ml2": make_run(tmp_path / "b", env="ml2", clusters=2)}
     runs["short"] = make_run(tmp_path / "c", horizon=3)
-    assert "different environments on one figure: ml2, point-goal-4c" in error(runs["point"], runs["ml2"])
-    assert "different horizons on one figure: 3, 5" in error(runs["point"], runs["short"])
+    assert "runs that differ in env do not compare: ml2, point-goal-4c" in error(runs["point"], runs["ml2"])
+    assert "runs that differ in horizon do not compare: 3, 5" in error(runs["point"], runs["short"])
+    assert "several runs: say where the figure goes, --out FOLDER" in error(runs["point"], runs["point"], out=None)
     old = json.loads((runs["short"] / "args.json").read_text())
     del old["horizon"]  # then it is the environment's
     (runs["short"] / "args.json").write_text(json.dumps(old))
-    assert "different horizons on one figure: 5, 100" in error(runs["point"], runs["short"])
+    assert "differ in horizon do not compare: 100, 5" in error(runs["point"], runs["short"])
 
 
 @pytest.mark.parametrize("tail", [b"4,50", b"4,5000,-1.0,-1", b"\0\0\0", b"\xff\xfe\0\n", b"4,5000\n", b"4,x\n"])
@@ -474,7 +561,7 @@ def make_toy(path: Path) -> Path:
 
 def test_the_toy_of_rmaml_is_one_figure(tmp_path, drawn):
     run = make_toy(tmp_path / "toy")
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == {"reaching.png"}
     plane, curve = drawn["reaching.png"].axes
     rows = plot.read_csv(run / "eval.csv", plot.re.compile(r"eval/x_\w+"))
@@ -485,7 +572,7 @@ def test_the_toy_of_rmaml_is_one_figure(tmp_path, drawn):
         np.testing.assert_array_equal(far.get_ydata(), rows[f"eval/distance_{strategy}"])
     useful, noise = plane.get_lines()[:2]
     assert len(useful.get_xdata()) == 3 and len(noise.get_xdata()) == 6
-    assert "a figure of its own" in error(run, make_run(tmp_path / "other"))
+    assert "a figure of its own" in error(run, make_toy(tmp_path / "other"))
     (run / "eval.npz").write_bytes(b"noise")
     assert "eval.npz is damaged" in error(run)
 
@@ -494,11 +581,11 @@ def test_the_toy_of_rmaml_is_one_figure(tmp_path, drawn):
 def test_learned_rates_are_drawn(tmp_path, drawn, rates, lines_):
     data = arrays("cheetah-vel-noise", states=H) | dict(returns=np.zeros((2, 40, 4)), alpha=0.1)
     run = make_run(tmp_path / "run", "rmaml", "cheetah-vel-noise", kind="step", ks=(0, 1), data=data, rates=rates)
-    assert plot.main(plot.Options([run])) is None and "learned_rates.png" not in drawn, "without metrics.csv"
+    assert draw(run) is None and "learned_rates.png" not in drawn, "without metrics.csv"
     columns = [f"policy/alpha_layer_{k}" for k in range(3)]
     columns += [f"rmaml/{what}_cluster_{m}" for what in ("batch", "replayed") for m in range(2)]
     (run / "metrics.csv").write_text(table(columns).replace(",-", ","))
-    plot.main(plot.Options([run]))
+    draw(run)
     left, right = drawn["learned_rates.png"].axes
     assert [line.get_label() for line in left.get_lines()] == lines_ and len(right.get_lines()) == 4
 
@@ -523,7 +610,7 @@ def test_the_herd_is_drawn_from_inner_products(tmp_path, drawn):
     data = arrays("point-goal-4c", states=H) | dict(returns=np.zeros((2, 32, 4)), alpha=0.1, learner=np.ones(32, int))
     data |= dict(train_products=points @ points.T, train_cluster=true, train_learner=1 + true)
     run = make_run(tmp_path / "run", "hom", kind="step", ks=(0, 1), data=data)
-    plot.main(plot.Options([run]))
+    draw(run)
     pca, tsne, silhouette = drawn["herd.png"].axes
     scores, chosen = silhouette.get_lines()
     assert scores.get_xdata()[scores.get_ydata().argmax()] == 3 == chosen.get_xdata()[0]
@@ -535,7 +622,7 @@ def test_the_herd_is_drawn_from_inner_products(tmp_path, drawn):
     np.testing.assert_allclose(colours, np.array(plot.CLUSTER_COLOURS[:3])[:, None].repeat(10, axis=1))
     drawn.clear()
     data["train_learner"][:] = 0  # still the probe's
-    plot.main(plot.Options([make_run(tmp_path / "probe", "hom", kind="step", ks=(0, 1), data=data)]))
+    draw(make_run(tmp_path / "probe", "hom", kind="step", ks=(0, 1), data=data))
     assert "herd.png" not in drawn
 
 
@@ -545,7 +632,7 @@ def test_the_herd_is_drawn_by_every_embedding(tmp_path, drawn):
     points = rng.normal(size=(4, 30, 3)) + np.array([0, 0, 9, 0])[:, None, None] * true[:, None]
     data = arrays("point-goal-4c", states=H) | dict(learner=np.ones(32, int), train_points=points)
     data |= dict(train_products=points[0] @ points[0].T, train_cluster=true, train_learner=1 + true)
-    plot.main(plot.Options([make_run(tmp_path / "run", "sop", data=data)]))
+    draw(make_run(tmp_path / "run", "sop", data=data))
     pca, tsne = np.reshape(drawn["embeddings.png"].axes, (2, 4))
     scores = [float(axis.get_title().split()[-1]) for axis in pca]
     assert scores[2] == 1 > 0.5 > max(scores[:2] + scores[3:]) and "latent" in tsne[2].get_title()
@@ -576,7 +663,8 @@ def images(tasks: int = 8) -> dict[str, np.ndarray]:
 
 def make_supervised(path: Path, kind="regression", modes=2, ks=(0, 1, 2), **args) -> Path:
     args = (dict(env=f"functions-{modes}m") if kind == "regression" else dict(env="drawn-3m", ways=5)) | args
-    return make_run(path, f"mmaml_{kind}", kind="step", ks=ks, clusters=modes if modes > 1 else 0, shots=1, **args)
+    args = dict(shots=1) | args
+    return make_run(path, f"mmaml_{kind}", kind="step", ks=ks, clusters=modes if modes > 1 else 0, **args)
 
 
 STAGES = {  # what of it there is; what is drawn, and which of the curves it is
@@ -590,7 +678,7 @@ STAGES = {  # what of it there is; what is drawn, and which of the curves it is
 def test_functions_are_drawn_at_every_stage(tmp_path, drawn, method):
     form, stages = STAGES[method]
     data = functions(**form)
-    plot.main(plot.Options([make_supervised(tmp_path / "run", data=data)]))
+    draw(make_supervised(tmp_path / "run", data=data))
     assert set(drawn) == {"learning_curve.png", "curves.png", *(["embedding.png"] if "embedding" in data else [])}
     axes = drawn["curves.png"].axes
     assert [axis.get_ylabel() for axis in axes] == ["sine", "", "", "", "line", "", "", ""]
@@ -605,7 +693,7 @@ def test_functions_are_drawn_at_every_stage(tmp_path, drawn, method):
 @pytest.mark.parametrize("modes, titles", [(1, ["all"]), (2, ["all", "sine", "line"]), (3, None), (5, None)])
 def test_errors_of_every_family(tmp_path, drawn, modes, titles):
     run = make_supervised(tmp_path / "run", modes=modes)
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == {"learning_curve.png"}
     axes, rows = drawn["learning_curve.png"].axes, plot.read_csv(run / "eval.csv")
     assert len(axes) == modes + (modes > 1) and (titles is None or [axis.get_title() for axis in axes] == titles)
@@ -622,7 +710,7 @@ def test_methods_of_one_script_have_colours_of_their_own(tmp_path, drawn):
     film = [make_supervised(tmp_path / f"film{seed}", seed=seed, modulation="film", inner_steps=2) for seed in (0, 1)]
     maml = make_supervised(tmp_path / "maml", modulation="none", inner_steps=2)
     lstm = make_supervised(tmp_path / "lstm", ks=(0,), modulation="film", inner_steps=0)
-    plot.main(plot.Options([*film, maml, lstm]))
+    draw(*film, maml, lstm)
     assert set(drawn) == {"learning_curve.png"}
     axis = drawn["learning_curve.png"].axes[0]
     drawn_lines = [lines(axis, name) for name in ("MMAML (2 seeds)", "MAML (1 seed)", "LSTM learner (1 seed)")]
@@ -633,7 +721,7 @@ def test_methods_of_one_script_have_colours_of_their_own(tmp_path, drawn):
 def test_accuracies_and_images_of_every_data_set(tmp_path, drawn):
     data = images(tasks=120)
     run = make_supervised(tmp_path / "run", "classification", ks=(0, 5), data=data)
-    plot.main(plot.Options([run]))
+    draw(run)
     assert set(drawn) == {"learning_curve.png", "examples.png", "embedding.png"}
     axes, rows = drawn["learning_curve.png"].axes, plot.read_csv(run / "eval.csv")
     assert [axis.get_title() for axis in axes] == ["all", "digits", "letters"]
@@ -651,22 +739,14 @@ def test_accuracies_and_images_of_every_data_set(tmp_path, drawn):
 
 def test_modes_without_a_name_have_their_number(tmp_path, drawn):
     run = make_supervised(tmp_path / "run", "classification", env="mine:my-images-2m", data=images())
-    plot.main(plot.Options([run]))
+    draw(run)
     assert [axis.get_title() for axis in drawn["learning_curve.png"].axes] == ["all", "cluster 0", "cluster 1"]
 
 
-OTHERS = {  # what differs, and the error
-    "scripts": (dict(kind="classification", env="functions-2m"), "different scripts"),
-    "environments": (dict(modes=3), "different environments on one figure: functions-2m, functions-3m"),
-    "another family of scripts": (None, "different scripts on one figure: maml, mmaml_regression"),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_supervised_runs_that_do_not_compare(tmp_path, case):
-    change, expected = OTHERS[case]
-    other = make_run(tmp_path / "b", "maml") if change is None else make_supervised(tmp_path / "b", **change)
-    assert expected in error(make_supervised(tmp_path / "a"), other)
+@pytest.mark.parametrize("change", [dict(modes=3), dict(shots=5), dict(kind="classification"), dict(ways=3)], ids=str)
+def test_supervised_runs_that_do_not_compare(tmp_path, change):
+    other = make_supervised(tmp_path / "b", **change)
+    assert "do not compare" in error(make_supervised(tmp_path / "a"), other)
 
 
 BAD_SUPERVISED = {  # what changes in eval.npz, part of the error
@@ -693,6 +773,10 @@ def test_bad_arrays_of_functions_get_one_line(tmp_path, case):
 def test_a_run_without_arrays_says_that_there_are_curves_alone(tmp_path, drawn, capsys):
     run = make_run(tmp_path / "run")
     (run / "eval.npz").unlink(missing_ok=True)
-    plot.main(plot.Options([run]))
-    assert f"{run} has no eval.npz, so that there are curves alone" in capsys.readouterr().out
-    assert "learning_curve.png" in drawn
+    draw(run)
+    said = capsys.readouterr().out
+    assert f"{run} has no eval.npz; nor agent.pt: train it again, python algos/milet.py; " in said
+    assert "without it there are curves alone" in said and set(drawn) == CURVES
+    (run / "agent.pt").touch()
+    draw(run)
+    assert f"{run} has no eval.npz; python algos/milet.py --evaluate {run} writes it" in capsys.readouterr().out

@@ -9,8 +9,9 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, spy_on
 from PIL import Image
+from test_plot import make_toy
 
 import envs
 
@@ -59,9 +60,9 @@ def change(run: Path, **arrays) -> Path:
     return run
 
 
-def error(run: Path) -> str:
+def error(run: Path, **options) -> str:
     with pytest.raises(SystemExit) as caught:
-        video.main(video.Options(run))
+        video.main(video.Options(run, **options))
     message = str(caught.value)
     assert message.startswith("video.py: error: ") and "\n" not in message
     return message
@@ -99,9 +100,33 @@ def test_film_of_the_point(tmp_path):
     for i, (x, y) in enumerate(goal):  # red where the goal is, in every panel
         x, y = (round((100 + 40 * z) * video.SIZE / 200) for z in (x, -y))
         assert np.abs(last[video.CAPTION + y, i * video.SIZE + x] - [200, 0, 0]).max() < 40
-    colour = 255 * np.array(video.CLUSTER_COLOURS[2])
+    colour = np.round(255 * np.array(video.CLUSTER_COLOURS[2]))
     square = last[: video.CAPTION, : video.SIZE].reshape(-1, 3)
-    assert (np.abs(square - colour).max(1) < 40).sum() > 40, "the colour of the inferred cluster, above its picture"
+    assert (square == colour).all(1).sum() > 40, "the colour of the inferred cluster, above its picture"
+
+
+def test_the_colours_of_clusters_are_exact(tmp_path):
+    """Among many others, also near to theirs: orange must not become the red of a goal."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(256, size=(video.SIZE, video.SIZE, 3), dtype=np.uint8))
+    captions = [[("A", colour) for colour in video.CLUSTER_COLOURS[n : n + 4]] for n in (0, 4, 8)]
+    video.write_gif([video.captioned([noise] * 3, captions)] * 2, [20, 20], tmp_path / "film.gif")
+    shown = np.asarray(Image.open(tmp_path / "film.gif").convert("RGB"))[: video.CAPTION].reshape(-1, 3)
+    for colour in np.round(255 * np.array(video.CLUSTER_COLOURS)):
+        assert (shown == colour).all(1).sum() >= 81, colour
+
+
+def test_a_film_of_chosen_tasks(tmp_path, monkeypatch):
+    """In the order given, to a file of one's choice; inferred clusters have letters, for their order means nothing."""
+    run = make_run(tmp_path / "run", cluster_belief=np.tile(np.eye(4)[[2]], (2, H + 1, 32, 1)))
+    calls = spy_on(monkeypatch, video, "captioned")
+    video.main(video.Options(run, tmp_path / "new" / "film.gif", (6, 3)))
+    assert Image.open(tmp_path / "new" / "film.gif").size[0] == 2 * video.SIZE and not (run / "figures").exists()
+    (_, captions), _ = calls[0]
+    shown = [[text for text, _ in lines] for lines in captions]
+    assert [lines[0] for lines in shown] == ["task 6, true cluster 2", "task 3, true cluster 3"]
+    assert {lines[-1] for lines in shown} == {"inferred: C (1.00)"}
+    assert "--tasks are numbers of held-out tasks, 0 to 31" in error(run, tasks=(0, 32))
 
 
 def test_long_films_leave_frames_out(tmp_path, monkeypatch):
@@ -193,7 +218,10 @@ def test_bad_input_gets_one_line(tmp_path):
     (run / "agent.pt").touch()
     assert f"--evaluate {run} writes it" in error(run)
     assert "is not a run folder: it has no args.json" in error(tmp_path)
-    assert "has no robot to be filmed" in error(make_run(tmp_path / "images", script="mmaml_classification"))
+    assert "has no robot to be filmed" in error(make_toy(tmp_path / "toy"))
+    supervised = make_run(tmp_path / "images", script="mmaml_classification")
+    (supervised / "args.json").write_text('{"script": "mmaml_classification", "env": "drawn-3m", "shots": 1}')
+    assert "has no robot to be filmed" in error(supervised)
     envs.register("test-no-picture", NoPicture)
     assert "cannot be rendered" in error(make_run(tmp_path / "other", "test-no-picture"))
 
