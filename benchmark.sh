@@ -52,8 +52,8 @@ campaigns() {
   run ant-goal-4c__milet__0 --preset paper
   figure ant-goal-4c
 
-  campaign milet-mujoco '24 hours' 'MILET on the humanoid (2 million frames, beside VariBAD, RL2 and an oracle, and the official 30), and on the ant with sparse rewards or uniform goals'
-  run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0
+  campaign milet-mujoco '25 hours' 'MILET on the humanoid (2 million frames, beside VariBAD, RL2 and an oracle, and the official 30), and on the ant with sparse rewards (beside VariBAD) or uniform goals'
+  run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0 ant-goal-partial-4c__varibad__0
   run humanoid-dir-4c__milet__0__paper --preset paper
   run humanoid-dir-4c__{varibad,rl2}__0 --preset paper --frames 2000000
   run humanoid-dir-4c__varibad__0__oracle --preset paper --frames 2000000 --oracle
@@ -302,6 +302,7 @@ campaigns() {
   campaign figures '2 minutes' 'the learning curves of the pages, from the stored CSVs, into results/figures/ too'
   figure point_all results/{milet,rl2,varibad,pearl}/point-goal-4c__*__{0,1,2} results/varibad/point-goal-4c__varibad__{0,1,2}__oracle \
     results/metacure/point-goal-4c__metacure__0__20k
+  figure partial_all results/{milet,varibad}/ant-goal-partial-4c__*__0
   figure ant_all results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__* results/rl2/ant-goal-4c__rl2__0__stopped
   figure walker_all results/{milet,varibad}/walker-params-4c__*__0__fast results/varibad/walker-params-4c__varibad__0__oracle \
     results/rl2/walker-params-4c__rl2__0
