@@ -9,9 +9,9 @@
 # lets the runs save. If a run fails, the others save and stop, and no figure is drawn.
 # CPUS=1: cores of a run (more may change the last digits). TIME=4:00:00, MEM=8G: limits of a job, whose
 # run finishes its iteration and saves when it is preempted, or LEAD=600 seconds before its time is over (TIME must be
-# much longer); then the job queues again. sbatch also reads its own variables: SBATCH_PARTITION and others. (On a real
-# Slurm of one node a run that `scontrol requeue` interrupted ended as one that was left alone; the end of a job's time
-# was tried with stand-ins for Slurm's commands.)
+# much longer); then the job queues again. sbatch also reads its own variables: SBATCH_PARTITION and others. (Tried:
+# `scontrol requeue` on a Slurm of one node, with the same results; the end of a job's time only with stand-ins for
+# Slurm's commands.)
 set -euo pipefail
 shopt -s nullglob # a method that has no stored run on an environment is not in its figure
 
@@ -311,7 +311,7 @@ campaigns() {
   figure sparse_all results/{rl2,varibad,milet,metacure,pearl}/point-goal-sparse__*__{0,1,2}
   figure milet_point_curve results/milet/point-goal-4c__milet__{0,1,2}
   figure milet_ant_curve results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__varibad__{0,1,2}__oracle
-  figure milet_clusters_curve results/milet/point-goal-4c__milet__{*__clusters-2,0,1,2,*__clusters-6,*__clusters-8,*__clusters-10}
+  figure milet_clusters_curve results/milet/point-goal-4c__milet__{0,1,2,*__clusters-2,*__clusters-6,*__clusters-8,*__clusters-10}
   figure milet_humanoid_curve results/milet/humanoid-dir-4c__milet__0
   figure cml_mixed_curve results/cml/ant-cheetah-dir__cml__{0__half,1__half,0__half-task-specific} \
     results/fcml/ant-cheetah-dir__fcml__0__half results/maml/ant-cheetah-dir__maml__0{,__oracle}
@@ -327,8 +327,8 @@ campaigns() {
   figure rmaml_curve results/rmaml/cheetah-vel-noise__rmaml__{0,1}__quarter{,-alpha,-buffer} \
     results/maml/cheetah-vel-noise__maml__{0,1}__quarter
   for modes in 2 4 6; do figure "mmaml_point${modes}_curve" results/mmaml/point-"$modes"m__mmaml__{0,1,2}{,__promp,__multi}; done
-  figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-multi \
-    results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-promp-{1,lr-0.1}
+  figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} \
+    results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-{promp-1,promp-lr-0.1,multi}
   figure mmaml_regression_errors \
     results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped-stopped,-lstm}
   figure mmaml_drawn_accuracy results/mmaml_classification/drawn-3m__mmaml_classification__{0,1,2}{,__maml,__multi}
@@ -342,7 +342,7 @@ campaigns() {
 
 # == How they are run ==
 jobs=1 chosen='' current='' only='' dry='' needs=''
-declare -a campaigns=() extra=() names=() ids=() running=() # the last three of the chosen one; running: name by process
+declare -a campaigns=() extra=() drawn=() names=() ids=() running=() # from drawn on of the chosen one; running: name by process
 declare -A count=() about=()
 export CPUS=${CPUS:-1}
 
@@ -366,6 +366,7 @@ figure() {
   for name in "${@:2}"; do if [[ $name = */* ]]; then stored+=("$name"); else runs+=("$name"); fi; done
   if [ ${#runs[@]} = 0 ]; then for name in "${names[@]}"; do [[ $name != "$1"__* ]] || runs+=("$name"); done; fi
   [ ${#extra[@]} = 0 ] || stored=() # a trial has nothing to be compared with
+  [ "$current" != "$chosen" ] || drawn+=("$1")
   after "figure-$1" python results/plot.py "${runs[@]/#/$folder/}" "${stored[@]}" --out "$folder/figures/$1"
 }
 
@@ -430,7 +431,7 @@ submit() { # NAME LOG: this script with --only NAME, as a job; never two of one 
 
 publish() { # what the campaign figures drew goes where the pages show it: pooled curves; of some, those of clusters
   local name
-  for name in "$folder"/figures/*; do cp "$name/learning_curve.png" "results/figures/${name##*/}.png"; done
+  for name in "${drawn[@]}"; do cp "$folder/figures/$name/learning_curve.png" "results/figures/$name.png"; done
   for name in maml_inner_loss:maml_inner_loss maml_mixed_curve:maml_mixed_robots \
     maml_cheetah_curve:maml_cheetah_directions promp_cheetah_curve:promp_cheetah_directions \
     pearl_cheetah_curve:pearl_cheetah_directions; do

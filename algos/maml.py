@@ -76,7 +76,7 @@ import envs
 @dataclass
 class Args:
     env: str = "cheetah-dir"  # environment id (module:id imports the module first)
-    preset: Literal["paper", "fast"] | None = None  # as published, or ours, within an hour (default where there is one)
+    preset: Literal["paper", "fast"] | None = None  # published, or ours, of about an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
     num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
@@ -344,7 +344,7 @@ def inner_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch, args: Ar
 def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Callable]:
     """S_i(θ') [task], its gradient [task, d], and the product u -> F_i u with the Fisher matrix of π_θ' on D_n.
 
-    F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2). Autograd gives Gᵀw, which is linear in w: its gradient is G u.
+    F = GᵀΛG, G = ∂(mean, log σ)/∂θ', Λ = diag(σ⁻², 2). Autograd gives Gᵀw; the gradient of u·Gᵀw in w is G u.
     """
     theta = theta.detach().requires_grad_()
     output = policy(theta, batch.obs)  # mean, log σ

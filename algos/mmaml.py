@@ -84,7 +84,7 @@ import envs
 @dataclass
 class Args:
     env: str = "point-2m"  # environment id (module:id imports the module first)
-    preset: Literal["paper", "fast"] | None = None  # as published, or ours, within an hour (default where there is one)
+    preset: Literal["paper", "fast"] | None = None  # published, or ours, of about an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
     num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
@@ -373,7 +373,7 @@ def modulate(policy: GaussianPolicy, theta: Tensor, tau: Tensor | None, args: Ar
 
 
 def gain_statistics(encoder: Encoder | None, batch: Batch, args: Args) -> dict[str, float]:
-    """Of the gains of all units in all tasks, from D_0: mean, root mean square, and how much they differ by task."""
+    """Mean and root mean square of all gains [task, unit], by D_0; their deviation over tasks, mean over units."""
     if encoder is None:
         return {}
     with torch.no_grad():

@@ -79,7 +79,7 @@ import envs
 @dataclass
 class Args:
     env: str = "drawn-3m"  # environment id (module:id imports the module first)
-    preset: Literal["paper", "fast"] | None = None  # as published, or ours, within an hour (default where there is one)
+    preset: Literal["paper", "fast"] | None = None  # published, or ours, of about an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
     num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)

@@ -81,7 +81,7 @@ import envs
 @dataclass
 class Args:
     env: str = "ant-goal-4c"  # environment id (module:id imports the module first)
-    preset: Literal["paper", "fast"] | None = None  # as published, or ours, within an hour (default where there is one)
+    preset: Literal["paper", "fast"] | None = None  # published, or ours, of about an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
     num_threads: int = 0  # number of threads of the physics and of the updates (0: all CPUs)
@@ -286,7 +286,7 @@ class Decoder(nn.Module):
         return F.linear(z, of_z), F.linear(x, of_x, self.first.bias)
 
     def error(self, z: Tensor, obs: Tensor, action: Tensor, truth: Tensor, steps: Tensor | list[slice]) -> Tensor:
-        """Eq. (5), mean over all z and steps [trial, term, decode], a trial at a time, which stays in cache."""
+        """Eq. (5), mean over all z and steps t, [trial, term, decode] or all; a trial at a time: it stays in cache."""
         of_z, of_x = self.parts(z, obs, action)
         errors = [(self.rest(of_z[i][:, None] + of_x[i][t]) - truth[i][t]).square().mean() for i, t in enumerate(steps)]
         return torch.stack(errors).mean()
@@ -402,8 +402,8 @@ class TrialBuffer:
         self.trials = deque(maxlen=capacity)
 
     def add(self, *episodes: Episode) -> None:
-        obs, action, _, reward, *_ = (torch.stack(both).movedim(2, 0) for both in zip(*episodes))  # [env, 2, T, ·]
-        self.trials.extend(zip(obs, action, reward))
+        pairs = zip(*((e.obs, e.action, e.reward) for e in episodes))
+        self.trials.extend(zip(*(torch.stack(pair).movedim(2, 0).contiguous() for pair in pairs)))  # [env, 2, T, ·]
 
     def sample(self, batch: int) -> list[Tensor]:
         """Different trials, stacked."""
@@ -584,8 +584,8 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(obs_dim, action_dim, env.unwrapped.task_dim, args)
     trained = {"policy": [*agent["policy"].parameters()]}
     trained["vae"] = [p for name in agent if name != "policy" for p in agent[name].parameters()]
-    rates = dict(policy=args.lr_policy, vae=args.lr_vae)
-    adam = {name: torch.optim.Adam(ps, rates[name], fused=True) for name, ps in trained.items()}
+    rates = {"policy": args.lr_policy, "vae": args.lr_vae}
+    adam = {name: torch.optim.Adam(trained[name], rate, fused=True) for name, rate in rates.items()}
     buffer = TrialBuffer(args.buffer_trials)
     state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 

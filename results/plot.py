@@ -47,7 +47,7 @@ NOT_THE_METHOD = {"script", "seed", "run_dir", "name", "resume", "evaluate", "de
 NOT_THE_METHOD |= {"preset", "save_every", "eval_every", "eval_steps", "eval_episodes", "data", "low_rank"}
 RETURN = re.compile(r"eval/return_(episode|step)_(\d+)(_cluster_\d+)?")
 CLUSTER_COLOURS = plt.get_cmap("tab10").colors
-COLOURS = {  # a method has one colour in all figures
+COLOURS = {  # in all figures, of the first method of an algorithm
     "MILET": "C0", "RL²": "C1", "VariBAD": "C2", "PEARL": "C3", "MAML": "C4", "ProMP": "C5", "CML": "C6", "RMAML": "C8",
     "FCML": "C9", "HoM": "darkgreen", "MMAML": "teal", "SoP": "goldenrod", "MetaCURE": "indigo",
 }  # fmt: skip
@@ -57,7 +57,7 @@ UNMODULATED = dict(mmaml="ProMP", mmaml_regression="MAML", mmaml_classification=
 TOLD = {  # with --oracle
     "MAML": "Multi-MAML", "ProMP": "Multi-ProMP", "VariBAD": "VariBAD, told the task", "SoP": "SoP, told the clusters",
 }  # fmt: skip
-ANCHORS = {"scripted, knows the task": "--", "standing still": ":"}
+ANCHORS = {"scripted, knows the task": "--", "no action": ":"}
 MARKERS = "os^Dv<>"
 LINES = "-", "--", "-.", (0, (3, 1, 1, 1, 1, 1))
 
@@ -480,8 +480,8 @@ def cluster_map(env: envs.TaskVectorEnv, args: dict, data: dict[str, np.ndarray]
         axis.set(aspect="equal", xlabel=f"x{unit}", ylabel=f"y{unit}", xlim=xlim, ylim=ylim)
         axis.label_outer()
     score = f", NMI {nmi(data['cluster'], guess):.2f}" if which == "inferred" else ""
-    clusters = f": {len(np.unique(guess))} {which} clusters{score}" if data["cluster"].any() else ""
-    save(figure, path, f"{args['env']}{clusters}")
+    key = f": colour {'and' if which == 'true' else 'inferred,'} shape true cluster{score}"
+    save(figure, path, args["env"] + key * bool(data["cluster"].any()))
 
 
 def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> None:
@@ -501,9 +501,9 @@ def return_by_velocity(env: str, data: dict[str, np.ndarray], path: Path) -> Non
 def cluster_belief(env: str, data: dict[str, np.ndarray], table: dict[str, np.ndarray], path: Path) -> None:
     """The posterior's entropy and, of several true clusters, the NMI of the inferred ones, over the first episode."""
     q = data["cluster_belief"][0]  # [H+1, task, C]
-    panels = 1 + bool(data["cluster"].any())
-    figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 3), squeeze=False)
-    if panels == 2:
+    count = 1 + bool(data["cluster"].any())
+    figure, axes = plt.subplots(1, count, figsize=(4 * count, 3), squeeze=False)
+    if count == 2:
         left = axes[0][0]
         left.plot([nmi(data["cluster"], step.argmax(-1)) for step in q], label="inferred clusters")
         rng = np.random.default_rng(0)
@@ -545,7 +545,7 @@ def scatter_planes(
 ) -> None:
     """PCA and t-SNE, a panel each, of points [n, dim], whose colour is one cluster and whose shape another, [n]."""
     points = np.pad(points, ((0, 0), (0, max(0, 2 - points.shape[1]))))  # a point in the plane needs two numbers
-    tsne = TSNE(2, perplexity=min(30, len(points) // 3), random_state=0)
+    tsne = TSNE(2, perplexity=max(1, min(30, len(points) // 3)), random_state=0)
     for axis, (kind, method) in zip(axes, {"PCA": PCA(2), "t-SNE": tsne}.items()):
         with threadpool_limits(1):  # on a busy machine threads wait for each other
             plane = method.fit_transform(points)

@@ -17,9 +17,14 @@ PYTHON = r"""#!/usr/bin/env bash
 # A run of some short steps: begins, continues or leaves RUN_DIR/NAME; on SIGTERM it ends the step, saves, exits 143.
 echo "python $*"
 while [ $# -gt 0 ]; do
-  case $1 in --name) name=$2 ;; --run-dir) folder=$2 ;; --out) mkdir -p "$2"; exit ;; esac
+  case $1 in --name) name=$2 ;; --run-dir) folder=$2 ;; --out) figures=$2 ;; esac
   shift
 done
+if [ "$figures" ]; then
+  mkdir -p "$figures"; cd "$figures"
+  echo "${PWD##*/}" > learning_curve.png; echo "clusters of ${PWD##*/}" > learning_curve_clusters.png
+  exit
+fi
 [ "$name" != "$FAIL" ] || { sleep "${FAIL_AFTER:-0}"; echo "the cause"; exit 1; }
 mkdir -p "$folder/$name"; steps=$folder/$name/steps; touch "$steps"; stopped=''
 mkdir "$folder/$name/lock" || exit 9
@@ -213,3 +218,17 @@ def test_speed_measures_the_named_rows_alone(monkeypatch, tmp_path):
     assert not out.exists()
     speed.main(speed.Options((), out))
     assert len(out.read_text().splitlines()) > 60
+
+
+def test_the_figures_go_where_the_pages_show_them(house):
+    (house / "results" / "figures").mkdir(parents=True)
+    stale = house / "runs" / "figures" / "figures" / "stale"
+    stale.mkdir(parents=True)
+    (stale / "learning_curve.png").touch()
+    result = benchmark(house, "figures", "-j", "4")
+    assert result.returncode == 0, result.stdout
+    shown = {path.stem: path.read_text().strip() for path in (house / "results" / "figures").iterdir()}
+    assert shown["point_all"] == "point_all" and "stale" not in shown
+    assert shown["maml_inner_loss"] == "clusters of maml_inner_loss"
+    assert shown["promp_cheetah_directions"] == "clusters of promp_cheetah_curve"
+    assert {f"{name}.png" for name in shown} <= set(os.listdir(ROOT / "results" / "figures"))
