@@ -330,7 +330,7 @@ campaigns() {
   figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} \
     results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-{promp-1,promp-lr-0.1,multi}
   figure mmaml_regression_errors \
-    results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped-stopped,-lstm}
+    results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped,-lstm}
   figure mmaml_drawn_accuracy results/mmaml_classification/drawn-3m__mmaml_classification__{0,1,2}{,__maml,__multi}
   figure metacure_point_curve results/metacure/point-goal-sparse__metacure__{0,1,2}
   figure pearl_point_curve results/pearl/point-goal-4c__pearl__{0,1,2,0__100-tasks}
