@@ -327,7 +327,7 @@ campaigns() {
   figure rmaml_curve results/rmaml/cheetah-vel-noise__rmaml__{0,1}__quarter{,-alpha,-buffer} \
     results/maml/cheetah-vel-noise__maml__{0,1}__quarter
   for modes in 2 4 6; do figure "mmaml_point${modes}_curve" results/mmaml/point-"$modes"m__mmaml__{0,1,2}{,__promp,__multi}; done
-  figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1} \
+  figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1,-lr} \
     results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-{promp-1,promp-lr-0.1,multi}
   figure mmaml_regression_errors \
     results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped,-lstm}
