@@ -584,8 +584,8 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(obs_dim, action_dim, env.unwrapped.task_dim, args)
     trained = {"policy": [*agent["policy"].parameters()]}
     trained["vae"] = [p for name in agent if name != "policy" for p in agent[name].parameters()]
-    rates = {"policy": args.lr_policy, "vae": args.lr_vae}
-    adam = {name: torch.optim.Adam(trained[name], rate, fused=True) for name, rate in rates.items()}
+    rates = dict(policy=args.lr_policy, vae=args.lr_vae)
+    adam = {name: torch.optim.Adam(ps, rates[name], fused=True) for name, ps in trained.items()}
     buffer = TrialBuffer(args.buffer_trials)
     state = dict(agent=agent, buffer=buffer, **{f"adam_{name}": optimizer for name, optimizer in adam.items()})
 

@@ -6,37 +6,40 @@ import re
 import pytest
 from conftest import ROOT
 
-EPISODES = ("return_episode_1", "return_episode_2")
-STEPS = ("return_step_0", "return_step_1")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
-# a row's first cells -> runs below results/ (several seeds: a mean), columns of eval.csv, and the cells that hold them
+# columns of eval.csv, shown in the third and fourth cell of a row -> the row's first cells -> runs below results/, whose
+# mean it is
 MEANS = {
-    "RL² | 3.2 M": ("rl2/point-goal-4c__rl2__{012}", EPISODES, (2, 3)),
-    "MILET | 3.2 M": ("milet/point-goal-4c__milet__{012}", EPISODES, (2, 3)),
-    "VariBAD (one seed ends": ("varibad/point-goal-4c__varibad__{012}", EPISODES, (2, 3)),
-    "PEARL, first and fourth": ("pearl/point-goal-4c__pearl__{012}", ("return_episode_1", "return_episode_4"), (2, 3)),
-    "MetaCURE, one seed": ("metacure/point-goal-4c__metacure__{0}__20k", EPISODES, (2, 3)),
-    "an oracle: VariBAD's": ("varibad/point-goal-4c__varibad__{012}__oracle", EPISODES, (2, 3)),
-    "RL² | 3 |": ("rl2/point-goal-sparse__rl2__{012}", EPISODES, (2, 3)),
-    "VariBAD | 3 | 16": ("varibad/point-goal-sparse__varibad__{012}", EPISODES, (2, 3)),
-    "MILET | 3 | 10 |": ("milet/point-goal-sparse__milet__{012}", EPISODES, (2, 3)),
-    "MetaCURE | 3": ("metacure/point-goal-sparse__metacure__{012}", EPISODES, (2, 3)),
-    "PEARL | 3": ("pearl/point-goal-sparse__pearl__{012}", EPISODES, (2, 3)),
-    "maml | cheetah-dir": ("maml/cheetah-dir__maml__{01}", STEPS, (2, 3)),
-    "promp | cheetah-dir": ("promp/cheetah-dir__promp__{01}", STEPS, (2, 3)),
-    "pearl, by older code": ("pearl/cheetah-dir__pearl__{0}", ("return_episode_1", "return_episode_3"), (2, 3)),
-    "rmaml | cheetah-vel-noise": ("rmaml/cheetah-vel-noise__rmaml__{01}__quarter", STEPS, (2, 3)),
-    "cml | ant-cheetah-dir": ("cml/ant-cheetah-dir__cml__{01}__half", STEPS, (2, 3)),
-    "cml | point-goal-4c": ("cml/point-goal-4c__cml__{0}__small", STEPS, (2, 3)),
-    "fcml, `--epsilon 0.05`": ("fcml/point-goal-4c__fcml__{0}__small-0.05", STEPS, (2, 3)),
-    "hom | ml2": ("hom/ml2__hom__{012}", STEPS, (2, 3)),
-    "sop, z from": ("sop/ml2__sop__{01}__short", ("return_episode_2", "return_episode_3"), (2, 3)),
-    "mmaml | reacher-4m": ("mmaml/reacher-4m__mmaml__{012}__share", ("return_step_0", "return_step_2"), (2, 3)),
-    "mmaml_classification": (
-        "mmaml_classification/drawn-3m__mmaml_classification__{012}", ("return_step_0", "return_step_5"), (2, 3)
-    ),
-}  # fmt: skip
+    ("return_episode_1", "return_episode_2"): {
+        "RL² | 3.2 M": "rl2/point-goal-4c__rl2__{012}",
+        "MILET | 3.2 M": "milet/point-goal-4c__milet__{012}",
+        "VariBAD (one seed ends": "varibad/point-goal-4c__varibad__{012}",
+        "MetaCURE, one seed": "metacure/point-goal-4c__metacure__{0}__20k",
+        "an oracle: VariBAD's": "varibad/point-goal-4c__varibad__{012}__oracle",
+        "RL² | 3 |": "rl2/point-goal-sparse__rl2__{012}",
+        "VariBAD | 3 | 16": "varibad/point-goal-sparse__varibad__{012}",
+        "MILET | 3 | 10 |": "milet/point-goal-sparse__milet__{012}",
+        "MetaCURE | 3": "metacure/point-goal-sparse__metacure__{012}",
+        "PEARL | 3": "pearl/point-goal-sparse__pearl__{012}",
+    },
+    ("return_episode_1", "return_episode_3"): {"pearl, by older code": "pearl/cheetah-dir__pearl__{0}"},
+    ("return_episode_1", "return_episode_4"): {"PEARL, first and fourth": "pearl/point-goal-4c__pearl__{012}"},
+    ("return_episode_2", "return_episode_3"): {"sop, z from": "sop/ml2__sop__{01}__short"},
+    ("return_step_0", "return_step_1"): {
+        "maml | cheetah-dir": "maml/cheetah-dir__maml__{01}",
+        "promp | cheetah-dir": "promp/cheetah-dir__promp__{01}",
+        "rmaml | cheetah-vel-noise": "rmaml/cheetah-vel-noise__rmaml__{01}__quarter",
+        "cml | ant-cheetah-dir": "cml/ant-cheetah-dir__cml__{01}__half",
+        "cml | point-goal-4c": "cml/point-goal-4c__cml__{0}__small",
+        "fcml, `--epsilon 0.05`": "fcml/point-goal-4c__fcml__{0}__small-0.05",
+        "hom | ml2": "hom/ml2__hom__{012}",
+    },
+    ("return_step_0", "return_step_2"): {"mmaml | reacher-4m": "mmaml/reacher-4m__mmaml__{012}__share"},
+    ("return_step_0", "return_step_5"): {
+        "mmaml_classification": "mmaml_classification/drawn-3m__mmaml_classification__{012}",
+    },
+}
 MODES = {  # rows with a column for each of three environments
     "MMAML | -": ("mmaml/{env}__mmaml__{012}", "return_step_2"),
     "ProMP | -": ("mmaml/{env}__mmaml__{012}__promp", "return_step_2"),
@@ -74,12 +77,11 @@ def shown(text: str, value: float) -> None:
     assert abs(float(text) - value) <= 0.5 * 10**-decimals * 1.001, (text, value)
 
 
-@pytest.mark.parametrize("start", MEANS)
-def test_means_over_seeds(start):
-    pattern, columns, cells = MEANS[start]
-    for column, cell in zip(columns, cells, strict=True):
-        values = last(pattern, column)
-        shown(row(start)[cell], sum(values) / len(values))
+@pytest.mark.parametrize("columns, start", [(columns, start) for columns, rows in MEANS.items() for start in rows])
+def test_means_over_seeds(columns, start):
+    for column, cell in zip(columns, row(start)[2:4], strict=True):
+        values = last(MEANS[columns][start], column)
+        shown(cell, sum(values) / len(values))
 
 
 @pytest.mark.parametrize("start", MODES)
@@ -94,7 +96,7 @@ def test_means_by_modes(start):
 def test_every_seed(start):
     cells = row(start)
     assert bool(cells[5]) == start.startswith("MILET")
-    columns = [*EPISODES, "nmi"] if cells[5] else EPISODES
+    columns = ("return_episode_1", "return_episode_2", "nmi")[: 3 if cells[5] else 2]
     for column, cell in zip(columns, cells[3:]):
         for text, value in zip(NUMBER.findall(cell), last(SEEDS[start], column), strict=True):
             shown(text, value)
