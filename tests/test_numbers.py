@@ -8,8 +8,7 @@ from conftest import ROOT
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
-# columns of eval.csv, shown in the third and fourth cell of a row -> the row's first cells -> runs below results/, whose
-# mean it is
+# columns of eval.csv -> how a row begins, whose third and fourth cell show them -> runs below results/, a mean of seeds
 MEANS = {
     ("return_episode_1", "return_episode_2"): {
         "RL² | 3.2 M": "rl2/point-goal-4c__rl2__{012}",
