@@ -55,8 +55,8 @@ campaigns() {
   campaign milet-mujoco '25 hours' 'MILET on the humanoid (2 million frames, beside VariBAD, RL2 and an oracle, and the official 30), and on the ant with sparse rewards (beside VariBAD) or uniform goals'
   run {humanoid-dir-4c,ant-goal-partial-4c,ant-goal-u}__milet__0 ant-goal-partial-4c__varibad__0
   run humanoid-dir-4c__milet__0__paper --preset paper
-  run humanoid-dir-4c__{varibad,rl2}__0 --preset paper --frames 2000000
-  run humanoid-dir-4c__varibad__0__oracle --preset paper --frames 2000000 --oracle
+  run humanoid-dir-4c__{varibad,rl2}__0
+  run humanoid-dir-4c__varibad__0__oracle --oracle
   for env in humanoid-dir-4c ant-goal-{partial-4c,u}; do figure "$env"; done
 
   campaign milet-tenth '45 minutes' 'published settings, a tenth of the frames: MILET on ant, hopper, walker, others on hopper'
@@ -253,8 +253,8 @@ campaigns() {
   campaign sop '13 hours' 'SoP, an oracle and PEARL on ml2, a third of the default budget; its embeddings by an early probe'
   run ml2__sop__0 --iterations 50 --probe-iterations 17
   run ml2__sop__0__early --iterations 2 --probe-iterations 1
-  run ml2__sop__0__oracle --iterations 33 --probe-iterations 1 --oracle
-  run ml2__pearl__0 --iterations 52
+  run ml2__sop__0__oracle --iterations 33 --oracle --eval-episodes 2 --eval-prior-episodes 1
+  run ml2__pearl__0 --iterations 53
   figure ml2 ml2__{sop__0,sop__0__oracle,pearl__0}
   figure embeddings ml2__sop__0
   figure embeddings-early ml2__sop__0__early
@@ -463,7 +463,7 @@ main() {
   campaigns
   finish
   [ ! "$chosen" ] || [ "${count[$chosen]:-}" ] || fail "no campaign $chosen; ./benchmark.sh lists them"
-  [ "$chosen$dry$only${SLURM:-}" != figures ] || publish
+  if [ "$chosen" = figures ] && [ ! "$dry$only${SLURM:-}" ]; then publish; fi
   [ ! "$chosen" ] || exit 0
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
   printf '\n%-17s %4s  %s\n' CAMPAIGN RUNS 'ONE CORE'

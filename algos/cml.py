@@ -13,7 +13,7 @@ TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]  subject to  E_i E_D
 Assignment   c_i = argmax_j R_i(θ'_ij), mean returns of D_n;  (3)-(7) of θ_j are over its own tasks, c_i = j  Eq. (8)
 Score        C = 2 | E|I_true - I_pred| - ½ |, for two clusters and m = 2  (Sec. 5.2.1)                       Eq. (9)
 Algorithm 1  l. 2      sample K tasks -> draw_tasks        l. 5-11   D, θ'_ij and D' for all i, j -> collect_all
-             l. 12-13  argmax_k R_i -> assign, under       l. 14-20  θ_j <- θ_j - U_j / C_j -> trpo_step
+             l. 12-13  argmax_k R_i -> assign, rollouts_of_learner     l. 14-20  θ_j <- θ_j - U_j / C_j -> trpo_step
 
 Symbols      θ_1 .. θ_m -> theta [learner, d], log σ included; R_i(θ'_ij) -> score [learner, task]; c_i -> learner;
              D_0 and D_n, the listing's D and D' -> Batch; α -> alpha; δ -> delta; π_θ(a|s) -> GaussianPolicy;
@@ -123,7 +123,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {}  # Args has the settings of CML's code, for all environments
-FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
+FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = "seed num_threads oracle_warmup explore_iterations switch_at first_cluster inner_steps eval_steps".split()
 
 
@@ -138,6 +138,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         f"--tasks must be at least --learners and {clusters}": args.tasks >= max(clusters, args.learners),
         f"--oracle-warmup and --switch-at need clusters, and {args.env} has none": n > 1 or not (oracle or switch),
         f"--oracle-warmup needs --learners {n}, one a true cluster": args.learners == n or not oracle,
+        "--pretrain needs --init task-specific": own or args.pretrain == Args.pretrain,
         f"--init task-specific needs --learners of at least {clusters}": args.learners >= clusters or not own,
         "--oracle-warmup, --init task-specific and --switch-at exclude one another": oracle + own + switch <= 1,
         "--oracle-warmup or --pretrain, and --explore-iterations, exceed --iterations": beginning <= args.iterations,
@@ -388,7 +389,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (gt_w,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], of sum 1: so Λ has 2 for log σ, which all rows share
     precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
@@ -518,13 +519,14 @@ def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) ->
     guess, present = score.argmax(0), np.unique(true)
     table = np.zeros((learners, true.max() + 1), int)
     np.add.at(table, (guess, true), 1)
-    metrics = returns_by_cluster(f"{name}/margin", np.ptp(np.sort(score, 0)[-2:], 0), true)  # best less second best
+    best = np.sort(score, 0)[-2:]  # the second best and the best return in every task
+    metrics = returns_by_cluster(f"{name}/margin", best[-1] - best[0], true)
     metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
     if len(present) > 1:
         metrics |= {f"{name}/tasks_{j}_cluster_{c}": int(table[j, c]) for j in range(learners) for c in present}
         metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
         metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
-        metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
+        metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(table, maximize=True)].sum() / len(true))
     if learners == len(present) == 2:
         metrics[f"{name}/C"] = float(2 * abs(np.abs(true - guess).mean() - 0.5))  # Eq. (9)
     return metrics
@@ -544,9 +546,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 # Copied from algos/maml.py
 def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
     """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
-    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
-    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
-    return {key: value for metrics in named for key, value in metrics.items()}
+    metrics = {}
+    for k, batch in enumerate(data):
+        metrics |= returns_by_cluster(f"{name}_{k}", batch.reward.double().sum(-1).mean(1).cpu().numpy(), clusters)
+    return metrics
 
 
 def evaluate(

@@ -13,8 +13,8 @@ TRPO step    min of S(θ) = E_i E_Dn[ -A π_θ'i / π_old ]  subject to  E_i E_D
 Assignment   c_i = argmax_j R_i(θ'_ij), mean returns of D_n;  (3)-(7) of θ_j are over its own tasks, c_i = j  Eq. (8)
 Score        C = 2 | E|I_true - I_pred| - ½ |, for two clusters and m = 2  (Sec. 5.2.1)                       Eq. (9)
 New cluster  g_i = (R_i(θ'') - R_i(θ')) / max(|R_i(θ')|, R_min) > ε,  θ'' = θ' - α ∇L_i(θ'; D_n), θ' of c_i  Eq. (10)
-Algorithm 2  l. 2      sample K tasks -> sample_tasks            l. 5-13   D, θ'_ij, D', argmax_k -> collect_all, under
-             l. 14-19  θ'', tuned till convergence -> gain, tune  l. 16-17  U_j, C_j (D18) -> trpo_step
+Algorithm 2  l. 2  sample K tasks -> sample_tasks    l. 5-13  D, θ'_ij, D', argmax_k -> collect_all, rollouts_of_learner
+             l. 14-19  θ'', tuned till convergence -> gain, tune    l. 16-17  U_j, C_j (D18) -> trpo_step
 
 Symbols      θ_1 .. θ_m -> theta [slot, d]; R_i(θ'_ij) -> score [learner, task]; c_i -> learner; g_i -> g; the listing's
              D and D', D_0 and D_n -> Batch; A -> advantage. Numbers of equations and lines are ours; Alg. 3 is MAML's.
@@ -112,7 +112,7 @@ class Args:
 
 
 PAPER: dict[str, dict] = {}  # Args has the settings of CML's code, for all environments
-FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
+FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = "seed num_threads warmup inner_steps eval_steps".split()
 
 
@@ -359,7 +359,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (gt_w,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], of sum 1: so Λ has 2 for log σ, which all rows share
     precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
@@ -497,13 +497,14 @@ def clustering(name: str, score: np.ndarray, true: np.ndarray, learners: int) ->
     guess, present = score.argmax(0), np.unique(true)
     table = np.zeros((learners, true.max() + 1), int)
     np.add.at(table, (guess, true), 1)
-    metrics = returns_by_cluster(f"{name}/margin", np.ptp(np.sort(score, 0)[-2:], 0), true)  # best less second best
+    best = np.sort(score, 0)[-2:]  # the second best and the best return in every task
+    metrics = returns_by_cluster(f"{name}/margin", best[-1] - best[0], true)
     metrics |= {f"{name}/tasks_{j}": int(row.sum()) for j, row in enumerate(table)}
     if len(present) > 1:
         metrics |= {f"{name}/tasks_{j}_cluster_{c}": int(table[j, c]) for j in range(learners) for c in present}
         metrics[f"{name}/nmi"] = float(normalized_mutual_info_score(true, guess))
         metrics[f"{name}/ari"] = float(adjusted_rand_score(true, guess))
-        metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(-table)].sum() / len(true))  # best matching
+        metrics[f"{name}/accuracy"] = float(table[linear_sum_assignment(table, maximize=True)].sum() / len(true))
     if learners == len(present) == 2:
         metrics[f"{name}/C"] = float(2 * abs(np.abs(true - guess).mean() - 0.5))  # Eq. (9)
     return metrics
@@ -546,9 +547,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 # Copied from algos/maml.py
 def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
     """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
-    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
-    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
-    return {key: value for metrics in named for key, value in metrics.items()}
+    metrics = {}
+    for k, batch in enumerate(data):
+        metrics |= returns_by_cluster(f"{name}_{k}", batch.reward.double().sum(-1).mean(1).cpu().numpy(), clusters)
+    return metrics
 
 
 def evaluate(env_of: Callable, tasks: envs.Tasks, policy: GaussianPolicy, theta: Tensor, args: Args) -> tuple:
@@ -579,7 +581,6 @@ def train(args: Args, run: "Run") -> None:
     """Algorithm 2."""
     env_of = cache(lambda tasks: run.make_env(tasks * args.rollouts))
     env = env_of(args.tasks)
-    test_tasks = env.unwrapped.task_set("test")
 
     # Alg. 2, input: θ_1, and slots for more, which are zeros while they are empty
     policy = GaussianPolicy(env.single_observation_space.shape[0], env.single_action_space.shape[0], args)
@@ -587,8 +588,7 @@ def train(args: Args, run: "Run") -> None:
     theta[0] = policy.init(run.rng)  # [slot, d], changed in place
     born = nn.Parameter(torch.zeros(args.max_learners), requires_grad=False)  # [slot], the iteration of its founding
     agent = nn.ParameterDict(dict(theta=theta, born=born))
-
-    evaluation = partial(evaluate, env_of, test_tasks, policy, theta, args)
+    evaluation = partial(evaluate, env_of, env.unwrapped.task_set("test"), policy, theta, args)
     for iteration in run.loop(args.iterations, dict(agent=agent), evaluation):
         # l. 2: fresh tasks (D10)
         tasks = env.unwrapped.sample_tasks(args.tasks, np.random.default_rng(random_seed(run.rng)))

@@ -14,8 +14,8 @@ Algorithm 1  l. 1  train the probe -> train              l. 2  embed the trainin
 Algorithm 2  l. 1  embed a test task -> observe          l. 2  nearest centroid -> assign     l. 3  adapt -> evaluate
 
 Symbols      θ -> theta [learner, d], log σ included, of the probe (0) and the members (1 ..); member [N], who learns
-             each training task; v = vec(x gᵀ) -> pairs (x, g) [task, row, ·]; E is over steps, then trajectories; D_k
-             -> Batch; K: rollouts (P: clusters); J, F, A, α, δ, Alg. 3 are maml.py's; numbers of equations are ours.
+             each training task; v = vec(x gᵀ) -> pairs (x, g) [task, row, ·]; E: over an episode, then episodes; D_k ->
+             Batch; K: rollouts (P: of clusters); J, F, A, α, δ, Alg. 3 are maml.py's; numbers of equations are ours.
 
 Deviations from the paper (P), and from garage (G), whose MAML it runs; D1 to D6, D8, D9, D12 are maml.py's
   D1  G's baseline never learns, and it divides advantages by their variance; here GAE on a linear baseline, normalised
@@ -67,7 +67,7 @@ import envs
 
 @dataclass
 class Args:
-    env: str = "cheetah-dir"  # environment id (module:id imports the module first)
+    env: str = "ml2"  # environment id (module:id imports the module first)
     preset: Literal["paper", "fast"] | None = None  # published, or ours, of about an hour (default where there is one)
     seed: int = 0  # seed of everything random
     device: Literal["cpu", "cuda"] = "cpu"  # device of the networks
@@ -109,7 +109,7 @@ class Args:
 
 
 PAPER = {"ml2": dict(tasks=20, rollouts=10, iterations=40)}  # the paper's Table 3; else ProMP's maml_run_mujoco
-FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
+FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = ("seed", "num_threads", "probe_iterations", "eval_steps")
 
 
@@ -356,7 +356,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (gt_w,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], of sum 1: so Λ has 2 for log σ, which all rows share
     precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
@@ -553,9 +553,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 # Copied from algos/maml.py
 def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
     """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
-    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
-    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
-    return {key: value for metrics in named for key, value in metrics.items()}
+    metrics = {}
+    for k, batch in enumerate(data):
+        metrics |= returns_by_cluster(f"{name}_{k}", batch.reward.double().sum(-1).mean(1).cpu().numpy(), clusters)
+    return metrics
 
 
 def evaluate(
@@ -606,7 +607,6 @@ def train(args: Args, run: "Run") -> None:
     parts["theta"] = torch.cat([policy.init(run.rng)[None], torch.zeros(args.clusters, sum(policy.sizes))])
     agent = nn.ParameterDict({name: nn.Parameter(x.to(args.device), requires_grad=False) for name, x in parts.items()})
     theta = agent["theta"]  # [learner, d], changed in place
-
     evaluation = partial(evaluate, run.make_env, test_tasks, pool, policy, agent, args)
     for iteration in run.loop(args.iterations, dict(agent=agent), evaluation):
         frames = {"frames/probe": 0, "frames/embedding": 0} | {f"frames/member_{m}": 0 for m in range(1, len(theta))}

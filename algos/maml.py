@@ -14,8 +14,8 @@ Algorithm 3  l. 1-3 θ at random, tasks M_i -> sample_tasks  l. 5, 8  sample K t
              l. 6   ∇L_i -> process, inner_loss             l. 7     θ'_i = θ - α ∇L_i -> adapt
              l. 4-9 the loop over them -> collect           l. 10    θ <- θ - step -> trpo_step, linearise
 
-Symbols      θ -> theta [d], all parameters as one vector, log σ included; θ_k of all tasks [task, d]; α -> alpha, one
-             rate or one of each parameter [d]; D_k -> Batch; π_θ(a|s) -> GaussianPolicy; δ -> delta;
+Symbols      θ -> theta [d], all parameters as one vector, log σ included; θ_k of all tasks [task, d]; α -> alpha,
+             a rate, or [d] one of each parameter; D_k -> Batch; π_θ(a|s) -> GaussianPolicy; δ -> delta;
              A -> advantage [task, rollout, step]. The numbers of the equations are ours.
 
 Deviations from the paper (P) or the official codes (C)
@@ -27,10 +27,10 @@ Deviations from the paper (P) or the official codes (C)
       step in which a simulation diverges.
   D5  ProMP floors σ at 1e-6 before adaptation only; here always.
   D6  C tries a larger ridge when the baseline is NaN; here when the Cholesky factorisation fails.
-  D7  ProMP's DiCE has rewards minus a baseline; here advantages (Loaded DiCE, Farquhar et al. 2019): all inner losses
-      then have the same gradient where D was sampled, and one α fits them. In place of its magic box stands the ratio
-      to the policy that sampled D: equal derivatives there, and correct elsewhere.
-  D8  CML leaves the actions that pad a small robot in π, as noise; so here (--mask-pad-actions takes them out).
+  D7  ProMP's DiCE weighs rewards minus a baseline; here advantages (Loaded DiCE, Farquhar et al. 2019), so that all
+      inner losses have the same gradient at the parameters that sampled D, and the same α suits them. For its operator
+      exp(x - stop(x)) stands the ratio to the policy that sampled: equal derivatives there, and correct elsewhere.
+  D8  CML leaves the actions that pad a small robot in π, as noise: here too (--mask-pad-actions takes them out).
   D9  P takes α / 2 at test after the first step; here after as many steps as in training (at least one).
   D10 P draws tasks independently; here the clusters of a meta-batch are balanced, where there are clusters.
   D11 C's Pretrain is TRPO on pooled rollouts, of a goal apparently drawn once; here (--inner-steps 0) the tasks,
@@ -352,7 +352,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (gt_w,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], of sum 1: so Λ has 2 for log σ, which all rows share
     precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
@@ -463,9 +463,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
     """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
-    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
-    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
-    return {key: value for metrics in named for key, value in metrics.items()}
+    metrics = {}
+    for k, batch in enumerate(data):
+        metrics |= returns_by_cluster(f"{name}_{k}", batch.reward.double().sum(-1).mean(1).cpu().numpy(), clusters)
+    return metrics
 
 
 def evaluate(

@@ -32,10 +32,10 @@ Deviations from the paper (P) or the official code (C)
       collects: here as C. The policies' rates are P's, and both begin at once (C: πψ one later). They see q(z), as C
       and Alg. 2 (Sec. 4.1: z); the target is copied every 50 iterations, as C (P: epochs).
   D11 C shows the policies the done flag, and states normalised without bounds, from the first PPO step on; here within
-      [-10, 10], from iteration 1 on, no flag: unless --keep-terminal nothing trains its weight, on which V(s_H) hangs.
+      [-10, 10], from iteration 1 on, and no flag: it is 1 only in s_H, where nobody acts (unless --keep-terminal).
   D12 Both are silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t: never s_0 nor s'_0; t is random.
-  D14 Where all steps pay the same (πψ's bonuses always differ), C's advantages are V's errors; here only V learns.
+  D14 Where all steps pay the same (πψ's bonuses always differ), C's advantages are V's errors; here V's loss alone.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.
@@ -516,7 +516,7 @@ def ppo_update(
         policy.stats.update(obs[:-1, :, :-1])  # D11
         old = policy(obs[:-1], belief[:-1])[0].log_prob(sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (obs[:-1], belief[:-1], sample, old, value[:-1], returns, advantage)]
-    size, paid, diagnostics = reward.numel() // args.minibatches, bool(reward.min() < reward.max()), []
+    size, paid, diagnostics = max(1, reward.numel() // args.minibatches), bool(reward.min() < reward.max()), []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
             state, b, u, old_log_prob, old_value, target, adv = (x[rows] for x in batch)
@@ -551,7 +551,7 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """One trial of every held-out task (Algorithm 2): the metrics, and the arrays of eval.npz."""
-    explore, exploit = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
+    explore, exploit = run_trial(env, tasks, seed := 10**6 + 1000 * args.seed, agent, args, test=True)
     guess, metrics = explore.q.argmax(-1).numpy(), {}  # [H+1, task]
     for k, episode in enumerate((explore, exploit), start=1):
         returns = episode.reward.double().sum(0).numpy()
@@ -565,7 +565,7 @@ def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict,
         metrics["eval/nmi_by_parameters"] = nmi(env.unwrapped.nearest_cluster(tasks.params))  # who sees the parameters
     both = Episode(*(torch.stack(pair).numpy() for pair in zip(explore, exploit)))  # [episode, ...] each
     mean, var = np.split(both.belief, 2, axis=-1)  # [episode, H+1, task, latent_dim]
-    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, embedding=mean[0, -1])
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=seed, embedding=mean[0, -1])
     arrays |= dict(trace=both.obs[..., :-1][..., :2], action=both.action, reward=both.reward)  # no done flag
     arrays |= dict(cluster_belief=both.q, belief_mean=mean, belief_std=np.sqrt(var))
     arrays |= dict(reward_weights=torch.stack(reward_weights(torch.arange(args.horizon), args.horizon)).numpy())

@@ -410,9 +410,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 # Copied from algos/maml.py
 def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
     """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
-    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
-    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
-    return {key: value for metrics in named for key, value in metrics.items()}
+    metrics = {}
+    for k, batch in enumerate(data):
+        metrics |= returns_by_cluster(f"{name}_{k}", batch.reward.double().sum(-1).mean(1).cpu().numpy(), clusters)
+    return metrics
 
 
 def evaluate(

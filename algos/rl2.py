@@ -25,7 +25,7 @@ Deviations from the official code (C)
   D1  C zeroes h at every update (but the humanoid's): if these are shorter than a trial, no memory reaches episode 2
       in training. Here an update has whole trials, one a copy; their number is such that it has C's frames.
   D2  C cuts the return at the end of each episode, and loses its last reward; here the return is that of the trial,
-      and at its time limit V(h) follows, as if one more episode came (--cut-episodes for C's).
+      and V(h) at its time limit stands for what would follow (--cut-episodes for C's).
   D3  C takes the belief of h = 0 as a constant; here it trains the biases of its layer.
   D4  C learns nothing in the first iteration; here from the first on.
   D5  C draws fresh tasks without end; here the environment's 500 training and its held-out tasks.
@@ -142,6 +142,7 @@ FAST = {  # tuned by us
     ),
 }  # fmt: skip
 FAST |= dict.fromkeys(("ant-goal-partial-4c", "ant-goal-u"), FAST["ant-goal-4c"])
+FAST["humanoid-dir-4c"] = FAST["ant-goal-4c"] | dict(frames=2_000_000, gamma=0.99)
 FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "policy_embed"
 
@@ -410,7 +411,7 @@ def ppo_update(
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
         old = policy(whole.belief[:-1])[0].log_prob(whole.sample).sum(-1)
     batch = [x.flatten(0, 1) for x in (whole.sample, old, value[:-1], returns, advantage)]
-    size, diagnostics = reward.numel() // args.minibatches, []
+    size, diagnostics = max(1, reward.numel() // args.minibatches), []
     for _ in range(args.ppo_epochs):
         for rows in torch.randperm(reward.numel()).to(args.device).split(size)[: args.minibatches]:  # no remainder
             h = encode_trial(encoder, trial, args).flatten(0, 1)[rows]
@@ -449,13 +450,13 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 
 def evaluate(env: gym.vector.VectorEnv, tasks: envs.Tasks, agent: nn.ModuleDict, args: Args) -> tuple[dict, dict]:
     """One trial of every held-out task: the metrics, and the arrays of eval.npz."""
-    trial = run_trial(env, tasks, 10**6 + args.seed, agent, args, test=True)
+    trial = run_trial(env, tasks, seed := 10**6 + 1000 * args.seed, agent, args, test=True)
     metrics = {}
     for k, episode in enumerate(trial, start=1):
         returns = episode.reward.double().sum(0).numpy()
         metrics |= returns_by_cluster(f"eval/return_episode_{k}", returns, tasks.cluster)
     both = Episode(*(torch.stack(pair).numpy() for pair in zip(*trial)))  # [episode, ...] each
-    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=10**6 + args.seed, embedding=both.belief[0, -1])
+    arrays = dict(params=tasks.params, cluster=tasks.cluster, seed=seed, embedding=both.belief[0, -1])
     arrays |= dict(trace=both.obs[..., :-1][..., :2], action=both.action, reward=both.reward)  # no done flag
     return metrics, arrays
 

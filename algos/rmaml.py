@@ -108,13 +108,13 @@ class Args:
     gae_lambda: float = 1.0  # λ of generalised advantage estimation
     delta: float = 0.01  # δ, trust region: largest mean KL between adapted policies (sgd: not used)
     kl_slack: float = 0.0  # part of δ by which an accepted step may exceed it (D12)
-    cg_iterations: int = 10  # iterations of conjugate gradient
+    cg_iterations: int = 10  # iterations of conjugate gradient (sgd: not used, as the two below)
     damping: float = 1e-5  # multiple of the identity added to H (D3)
     backtracks: int = 15  # candidate steps, each 0.8 of the one before
 
 
 PAPER: dict[str, dict] = {}  # Args has the paper's own settings, and of MAML's those of ProMP (D17)
-FAST: dict[str, dict] = {}  # none: the published settings show something within an hour
+FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = ("seed", "num_threads", "eval_steps")
 ALPHA_RANGE = 1e-4, 1.0  # in which α is kept (D13)
 
@@ -406,7 +406,7 @@ def outer_gradient(policy: GaussianPolicy, theta: Tensor, batch: Batch) -> tuple
     (gradient,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
     w = [torch.zeros_like(x, requires_grad=True) for x in output]
     (gt_w,) = torch.autograd.grad(output, theta, w, create_graph=True)  # Gᵀw
-    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], 1 in sum: the weight of log σ, which has no rows
+    weight = batch.weight.flatten(1)[..., None]  # [task, row, 1], of sum 1: so Λ has 2 for log σ, which all rows share
     precision = weight * batch.used * (-2 * output[1].detach()).exp()  # σ⁻²
 
     def fisher(u: Tensor) -> Tensor:
@@ -521,7 +521,7 @@ def sgd_step(
 
 def group_of(policy: GaussianPolicy, rates: str) -> Tensor:
     """The group of each parameter, [d]: those of a group share an α. The layers are (W, b), .. and log σ."""
-    layer = (torch.arange(len(policy.sizes)) // 2).repeat_interleave(torch.tensor(policy.sizes))
+    layer = torch.cat([torch.full((size,), k // 2) for k, size in enumerate(policy.sizes)])
     return dict(scalar=torch.zeros_like(layer), layer=layer, parameter=torch.arange(len(layer)))[rates]
 
 
@@ -559,9 +559,10 @@ def returns_by_cluster(name: str, returns: np.ndarray, clusters: np.ndarray) -> 
 # Copied from algos/maml.py
 def returns_by_step(name: str, data: list[Batch], clusters: np.ndarray) -> dict[str, float]:
     """Mean returns after 0, 1, .. gradient steps, pooled and by cluster."""
-    returns = [batch.reward.double().sum(-1).mean(1).cpu().numpy() for batch in data]  # [task] each
-    named = [returns_by_cluster(f"{name}_{k}", values, clusters) for k, values in enumerate(returns)]
-    return {key: value for metrics in named for key, value in metrics.items()}
+    metrics = {}
+    for k, batch in enumerate(data):
+        metrics |= returns_by_cluster(f"{name}_{k}", batch.reward.double().sum(-1).mean(1).cpu().numpy(), clusters)
+    return metrics
 
 
 def evaluate(

@@ -116,6 +116,7 @@ class Args:
 
 
 PAPER = {env: dict(horizon=200) for env in ("ml2", "ant-cheetah-dir")}  # else as above: the paper's Table 4, and D7
+PAPER |= {f"{robot}-dir": dict(train_tasks=2) for robot in ("ant", "cheetah", "walker")}  # one for each direction
 FAST: dict[str, dict] = {}  # none: nothing is tuned
 MAY_BE_0 = ("seed", "num_threads", "probe_iterations")
 KINDS = "fisher", "state-next-state", "latent", "gradient"  # of embeddings, in this order
@@ -124,7 +125,6 @@ KINDS = "fisher", "state-next-state", "latent", "gradient"  # of embeddings, in 
 def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
     """What must hold; where it does not, the message is the error."""
     k, n, most = args.clusters, args.train_tasks, args.eval_episodes
-    weights = args.kl_weight, args.policy_regularisation
     return {
         "--probe-iterations must be below --iterations": args.oracle or args.probe_iterations < args.iterations,
         "--visits must be a multiple of --clusters, --train-tasks at least --clusters": args.visits % k == 0 and n >= k,
@@ -132,7 +132,7 @@ def check(args: Args, env: type[envs.TaskVectorEnv]) -> dict[str, bool]:
         f"--oracle needs --clusters {env.num_clusters}": not args.oracle or k == env.num_clusters,
         "--eval-episodes must be at least 2 and --eval-prior-episodes": most >= max(2, args.eval_prior_episodes),
         "--reward-scale and --lr must be positive": min(args.reward_scale, args.lr) > 0,
-        "--kl-weight and --policy-regularisation must be at least 0": min(weights) >= 0,
+        "--kl-weight, --policy-regularisation must be at least 0": min(args.kl_weight, args.policy_regularisation) >= 0,
         "--gamma must be in [0, 1], and --tau in (0, 1]": 0 <= args.gamma <= 1 and 0 < args.tau <= 1,
     }
 
@@ -248,6 +248,7 @@ def rollout(
         terminated[:, t] = fell & alive[:, t]
         play = play & ~(fell | out_of_time)
     torch.set_num_threads(threads)
+    fail("the physics diverged in the first step of all episodes", when=not alive.any())
     return Episodes(*map(torch.from_numpy, (obs, action, reward, terminated, alive)))
 
 
@@ -422,7 +423,7 @@ def collect(learner: Learner, tasks: Tensor, contexts: Index, steps: int, infer:
     episodes = math.ceil(steps / args.horizon)  # of a visit in a round
     visit = torch.arange(visits).repeat_interleave(episodes)  # [copy]
     task = tasks[visit]  # [copy]
-    env = learner.make_env(len(visit))
+    env, env_tasks = learner.make_env(len(visit)), learner.tasks[task.numpy()]
     while (taken < steps).any():
         z = torch.randn(visits, 1 if infer else episodes, args.latent_dim, generator=rng)  # from the prior
         if infer:  # z ~ q_φ(z|c), c of every z a new sample of the visit's context; the first of all episodes keeps it
@@ -432,8 +433,7 @@ def collect(learner: Learner, tasks: Tensor, contexts: Index, steps: int, infer:
         needed = ((steps - taken) / args.horizon).ceil()  # episodes [visit]; at most 0: done
         play = (torch.arange(episodes) < needed[:, None]).flatten()  # [copy]
         seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)
-        policy, env_tasks = learner.agent["policy"], learner.tasks[task.numpy()]
-        played = rollout(env, env_tasks, policy, z.flatten(0, 1), seed, noise, play.numpy())
+        played = rollout(env, env_tasks, learner.agent["policy"], z.flatten(0, 1), seed, noise, play.numpy())
         returns.append(played.reward.sum(1)[play])
         for i, k, rows in zip(visit.tolist(), task.tolist(), learner.storage.add(played)):
             learner.rl.add(k, rows)

@@ -134,7 +134,7 @@ def must_agree(settings: list[dict]) -> None:
     for key in ("env", "horizon", "shots", "ways"):
         values = {args.get(key) for args in settings}
         if key == "horizon" and len(values) > 1 and None in values:
-            values = values - {None} | {make_env(settings[0]).horizon}
+            values = (values - {None}) | {make_env(settings[0]).horizon}
         if len(values) > 1:
             raise Unusable(f"runs that differ in {key} do not compare: {', '.join(sorted(map(str, values)))}")
 

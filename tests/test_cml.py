@@ -336,6 +336,7 @@ RULES = [
     ("--env cheetah-vel --oracle-warmup 2 --learners 1", NO_CLUSTERS),
     ("--env cheetah-vel --switch-at 2", NO_CLUSTERS),
     ("--oracle-warmup 2 --learners 3", "--oracle-warmup needs --learners 2, one a true cluster"),
+    ("--pretrain 10", "--pretrain needs --init task-specific"),
     ("--init task-specific --learners 1", "--init task-specific needs --learners of at least 2"),
     ("--oracle-warmup 2 --init task-specific", EXCLUDE),
     ("--switch-at 2 --init task-specific", EXCLUDE),

@@ -340,7 +340,7 @@ RULES = [
     ("--train-tasks 501", "--train-tasks must be from 3 to 500, and above --clusters"),
     ("--train-tasks 9 --clusters 9", "--train-tasks must be from 3 to 500, and above --clusters"),
     ("--rollouts 2", "--embed-rollouts must be below --rollouts"),
-    ("--mask-pad-actions", "--mask-pad-actions is for environments of several robots"),
+    ("--env cheetah-dir --mask-pad-actions", "--mask-pad-actions is for environments of several robots"),
     *((f"--{x} 0", "--alpha, --action-scale and --delta must be positive") for x in ("alpha", "action-scale", "delta")),
     ("--damping -1", "--damping and --kl-slack must be at least 0"),
     ("--kl-slack -0.1", "--damping and --kl-slack must be at least 0"),

@@ -4,10 +4,12 @@ import functools
 import math
 
 import gymnasium as gym
+import metacure
 import numpy as np
 import pearl
 import probes
 import pytest
+import sop
 import torch
 from conftest import spy_on, train
 from torch import nn
@@ -448,6 +450,20 @@ def test_a_diverged_simulation_is_no_fall_and_its_last_step_is_dropped():
     kept = storage.read(rows[None])
     assert len(rows) == 9 and not kept.terminated.any()
     assert torch.equal(kept.next_obs[0, -1], episodes.obs[1, 3])
+
+
+@pytest.mark.parametrize("script", [pearl, sop, metacure], ids=lambda script: script.__name__)
+def test_physics_that_diverges_at_once_ends_the_run(script, monkeypatch, capsys):
+    """Of one task alone too: else the others would be done, and its steps waited for in vain."""
+    env = envs.ENVIRONMENTS["point-goal-4c"](num_envs=3, horizon=4)
+    noise, z = torch.zeros(4, 3, 2), torch.zeros(3, 2)
+    policy = pearl.make_agent(2, 2, small_args())["policy"]
+    flags = dict(refresh=1) if script is metacure else {}
+    roll = lambda play: script.rollout(env, env.task_set("train")[:3], policy, z, 0, noise, play, **flags)  # noqa: E731
+    monkeypatch.setattr(type(env), "diverged", lambda self: np.arange(3) == 1)
+    assert roll(np.ones(3, bool)).alive.sum(1).tolist() == [4, 0, 4]
+    with pytest.raises(SystemExit, match="the physics diverged in the first step of all episodes"):
+        roll(np.arange(3) == 1)
 
 
 class Ends(envs.ENVIRONMENTS["point-goal-4c"]):

@@ -482,8 +482,8 @@ RULES = [
     ("--eval-prior-episodes 4", EPISODES),
     ("--reward-scale 0", "--reward-scale and --lr must be positive"),
     ("--lr 0", "--reward-scale and --lr must be positive"),
-    ("--kl-weight -1", "--kl-weight and --policy-regularisation must be at least 0"),
-    ("--policy-regularisation -1", "--kl-weight and --policy-regularisation must be at least 0"),
+    ("--kl-weight -1", "--kl-weight, --policy-regularisation must be at least 0"),
+    ("--policy-regularisation -1", "--kl-weight, --policy-regularisation must be at least 0"),
     ("--gamma 1.1", "--gamma must be in [0, 1], and --tau in (0, 1]"),
     ("--tau 0", "--gamma must be in [0, 1], and --tau in (0, 1]"),
 ]
