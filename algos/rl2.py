@@ -385,12 +385,13 @@ def advantages(reward: Tensor, value: Tensor, args: Args) -> Tensor:
 def encode_trial(encoder: Encoder, trial: tuple[Episode, Episode], args: Args) -> Tensor:
     """h before each step of the trials, Eq. (4), with the gradients of all steps before: [H+, env, hidden]."""
     h = torch.zeros(trial[0].obs.shape[1], args.hidden, device=args.device)
-    memory = []
+    before = []
     for episode in trial:
         h = encoder.first(episode.obs[0], h) if args.encode_first else h
-        memory.append(torch.cat([h[None], encoder(episode.action, episode.reward, episode.obs[1:], h)]))  # [H+1, ...]
-        h = memory[-1][-1]
-    return torch.cat([of_episode[:-1] for of_episode in memory])
+        after = encoder(episode.action, episode.reward, episode.obs[1:], h)  # [H, env, hidden]
+        before += [h[None], after[:-1]]
+        h = after[-1]
+    return torch.cat(before)
 
 
 def ppo_update(

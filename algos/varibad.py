@@ -272,7 +272,7 @@ class Oracle(nn.Module):
 
 # Copied from algos/milet.py
 class Decoder(nn.Module):
-    """r̂(s, a, s', z), or ŝ(s, a, z). Its first layer, linear in [z, transition], is applied in two parts."""
+    """r̂(s, a, s', z), or ŝ(s, a, z). The first layer, linear, is in two parts: faster if all steps are decoded."""
 
     def __init__(self, obs_dim: int, action_dim: int, sees_next: bool, sizes: tuple[int, ...], args: Args):
         super().__init__()
