@@ -143,11 +143,11 @@ campaigns() {
   figure point-6m-far
 
   campaign mmaml-table-3 '18 hours' 'MMAML, ProMP and Multi-ProMP on the point, published setting, Table 3; ProMP with one mode too'
-  run point-1m__mmaml__{0,1,2}__promp --preset paper --modulation none
-  run point-{2m,4m,6m}__mmaml__{0,1,2} --preset paper
-  run point-{2m,4m,6m}__mmaml__{0,1,2}__promp --preset paper --modulation none
-  run point-{2m,4m}__mmaml__{0,1,2}__multi --preset paper --modulation none --oracle
-  run point-6m__mmaml__{0,1,2}__multi --preset paper --modulation none --oracle --tasks 42
+  run point-1m__mmaml__{0,1,2}__paper-promp --preset paper --modulation none
+  run point-{2m,4m,6m}__mmaml__{0,1,2}__paper --preset paper
+  run point-{2m,4m,6m}__mmaml__{0,1,2}__paper-promp --preset paper --modulation none
+  run point-{2m,4m}__mmaml__{0,1,2}__paper-multi --preset paper --modulation none --oracle
+  run point-6m__mmaml__{0,1,2}__paper-multi --preset paper --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
   campaign mmaml-quarter '4 hours' 'MMAML (two α, two rates of Adam), ProMP (four, two) and Multi-ProMP on the point, a quarter of the published frames'
@@ -329,6 +329,8 @@ campaigns() {
   for modes in 2 4 6; do figure "mmaml_point${modes}_curve" results/mmaml/point-"$modes"m__mmaml__{0,1,2}{,__promp,__multi}; done
   figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1,-lr} \
     results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-{promp-1,promp-lr-0.1,multi}
+  figure mmaml_paper_curve results/mmaml/point-2m__mmaml__{0__paper,1__paper,0__paper-promp}
+  figure mmaml_two_families_errors results/mmaml_regression/functions-2m__mmaml_regression__0{,__lstm,__maml-clamped}
   figure mmaml_regression_errors \
     results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped,-lstm}
   figure mmaml_drawn_accuracy results/mmaml_classification/drawn-3m__mmaml_classification__{0,1,2}{,__maml,__multi}
