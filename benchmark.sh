@@ -149,6 +149,7 @@ campaigns() {
   run point-{2m,4m}__mmaml__{0,1,2}__paper-multi --preset paper --modulation none --oracle
   run point-6m__mmaml__{0,1,2}__paper-multi --preset paper --modulation none --oracle --tasks 42
   for env in point-{2m,4m,6m}; do figure "$env"; done
+  figure point-2m-mmaml point-2m__mmaml__0__paper
 
   campaign mmaml-quarter '4 hours' 'MMAML (two α, two rates of Adam), ProMP (four, two) and Multi-ProMP on the point, a quarter of the published frames'
   small='--preset paper --tasks 20 --rollouts 10'
@@ -164,7 +165,6 @@ campaigns() {
   run point-{4m,6m}__mmaml__0__quarter-promp $small --modulation none
   run point-{2m,4m}__mmaml__0__quarter-multi $small --modulation none --oracle
   for env in point-{2m,4m,6m}; do figure "$env"; done
-  figure point-2m-mmaml point-2m__mmaml__0__quarter
 
   campaign mmaml-robots '2 hours' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, 3 seeds, and on the ant, 1 seed, a share of the frames'
   small='--tasks 12 --rollouts 10 --iterations 300'

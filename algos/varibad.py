@@ -176,7 +176,7 @@ FAST = {  # tuned by us
     )),
 }  # fmt: skip
 FAST |= dict.fromkeys(("ant-goal-partial-4c", "ant-goal-u"), FAST["ant-goal-4c"])
-FAST["humanoid-dir-4c"] = FAST["ant-goal-4c"] | dict(frames=2_000_000, vae_updates=3, gamma=0.99)
+FAST["humanoid-dir-4c"] = FAST["ant-goal-4c"] | dict(frames=2_000_000, vae_updates=3, gamma=0.99)  # as MILET's
 FAST["point-goal-sparse"] = FAST["point-goal-4c"] | dict(frames=1_400_000, horizon=32)
 MAY_BE_0 = "seed", "num_threads", "elbo_terms", "decodes", "truncate", "policy_embed"
 

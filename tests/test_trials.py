@@ -1,6 +1,7 @@
 """What milet.py, varibad.py and rl2.py do with tasks, trials and rewards around their updates."""
 
 import csv
+from dataclasses import replace
 from itertools import chain
 
 import gymnasium as gym
@@ -146,6 +147,13 @@ def test_fewer_steps_than_minibatches_are_minibatches_of_one(script):
     else:
         metrics = milet.ppo_update(agent["phi"], adam["phi"], second, torch.randn(5, 4), 0.0, args)
     assert np.isfinite([*metrics.values()]).all()
+
+
+@SCRIPTS
+def test_the_fast_humanoid_has_the_ants_ppo_and_milets_frames(script):
+    args, ant = (script.parse_args(["--env", env]) for env in ("humanoid-dir-4c", "ant-goal-4c"))
+    own = dict(env="humanoid-dir-4c", horizon=args.horizon, frames=2_000_000, gamma=0.99)
+    assert args == replace(ant, **own | ({} if script is rl2 else dict(vae_updates=3)))
 
 
 @SCRIPTS
