@@ -312,7 +312,7 @@ campaigns() {
   figure milet_point_curve results/milet/point-goal-4c__milet__{0,1,2}
   figure milet_ant_curve results/milet/ant-goal-4c__milet__{0,1,2}__fast results/varibad/ant-goal-4c__varibad__{0,1,2}__oracle
   figure milet_clusters_curve results/milet/point-goal-4c__milet__{0,1,2,*__clusters-2,*__clusters-6,*__clusters-8,*__clusters-10}
-  figure milet_humanoid_curve results/milet/humanoid-dir-4c__milet__0
+  figure milet_humanoid_curve results/{milet,varibad,rl2}/humanoid-dir-4c__*__0 results/varibad/humanoid-dir-4c__varibad__0__oracle
   figure cml_mixed_curve results/cml/ant-cheetah-dir__cml__{0__half,1__half,0__half-task-specific} \
     results/fcml/ant-cheetah-dir__fcml__0__half results/maml/ant-cheetah-dir__maml__0{,__oracle}
   figure cml_point_curve results/maml/point-goal-4c__maml__{0,1,2}__small{,-oracle} results/{cml,hom,promp}/point-goal-4c__*
