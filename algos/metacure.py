@@ -515,7 +515,7 @@ def collect(learner: Learner, tasks: Tensor, n: int, infer: bool, rng: torch.Gen
         noise = torch.randn(args.horizon, *env.action_space.shape, generator=rng)
         e = rollout(env, env_tasks, agent["exploiter"]["policy"], z, seed, noise, play.numpy())
         returns.append(e.reward.sum(1)[play])
-        if len(returns) > n + 100:  # each round gives every visit a step, unless it diverges
+        if len(returns) > n + 100:  # who plays gets a step in each round, unless it diverges at once
             raise FloatingPointError("the physics diverges in the first step of an episode, again and again")
         for k, rows, alive in zip(tasks.tolist(), transitions(e), e.alive):
             learner.rl.add(k, rows[alive])

@@ -35,7 +35,7 @@ Deviations from the paper (P) or the official code (C)
       [-10, 10], from iteration 1 on, and no flag: it is 1 only in s_H, where nobody acts (unless --keep-terminal).
   D12 Both are silent on physics that diverges; here nothing is learned from the trial, and the run ends if all diverge.
   D13 P encodes (s_t, a_t, r_t, s_t+1), and sums over all t; here, as C, no s_t: never s_0 nor s'_0; t is random.
-  D14 Where all steps pay the same (πψ's bonuses always differ), C's advantages are V's errors; here V's loss alone.
+  D14 Where all steps pay the same (πψ's bonuses always differ), C's advantages are V's errors; here V's loss counts.
 
 Tested       python algos/milet.py --num-threads 1   (ant-goal-4c, 10 million frames, 110 minutes on one core of an AMD
              EPYC beside other runs, seed 0): episode 1 -158, episode 2 -131, NMI 0.72; standing still -261.

@@ -37,7 +37,7 @@ Deviations from the official code (C)
       whole run, and two indices say which of its rows belong to a task, and which to its context. So none is forgotten
       (C forgets in cheetah-dir from iteration 200 on). The step in which a simulation diverges is dropped.
   D4  C has five optimisers; here one for critic and encoder, one for V and π. Adam is elementwise: the same steps.
-  D5  C tests on its own tasks; here on the environment's own, once each (2 directions: 20 of its 40 tasks are alike).
+  D5  C tests on its own tasks; here on the environment's own, where directions repeat too.
       C has 20 observations in cheetah-dir (here 17), and velocities up to 3 in cheetah-vel (here 2). Its sparse point
       has H = 20 and feels goals within 0.2 (here 32, 0.3), and is paid densely in training (D6). Its ant-dir has
       two random directions, no contact forces among 27 observations, and death outside heights of 0.2 to 1; here
@@ -496,7 +496,7 @@ def collect(
         seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)
         played = rollout(env, env_tasks, learner.agent["policy"], z.flatten(0, 1), seed, noise, play.numpy())
         returns.append(played.reward.sum(1)[play])
-        if len(returns) > steps + 100:  # each round gives every visit a step, unless it diverges
+        if len(returns) > steps + 100:  # who plays gets a step in each round, unless it diverges at once
             raise FloatingPointError("the physics diverges in the first step of an episode, again and again")
         for i, k, rows in zip(visit.tolist(), task.tolist(), learner.storage.add(played)):
             learner.rl.add(k, rows)

@@ -434,7 +434,7 @@ def collect(learner: Learner, tasks: Tensor, contexts: Index, steps: int, infer:
         seed, noise = random_seed(rng), torch.randn(args.horizon, *env.action_space.shape, generator=rng)
         played = rollout(env, env_tasks, learner.agent["policy"], z.flatten(0, 1), seed, noise, play.numpy())
         returns.append(played.reward.sum(1)[play])
-        if len(returns) > steps + 100:  # each round gives every visit a step, unless it diverges
+        if len(returns) > steps + 100:  # who plays gets a step in each round, unless it diverges at once
             raise FloatingPointError("the physics diverges in the first step of an episode, again and again")
         for i, k, rows in zip(visit.tolist(), task.tolist(), learner.storage.add(played)):
             learner.rl.add(k, rows)
