@@ -166,7 +166,7 @@ campaigns() {
   run point-{2m,4m}__mmaml__0__quarter-multi $small --modulation none --oracle
   for env in point-{2m,4m,6m}; do figure "$env"; done
 
-  campaign mmaml-robots '2 hours' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, 3 seeds, and on the ant, 1 seed, a share of the frames'
+  campaign mmaml-robots '4 hours' 'MMAML, ProMP and Multi-ProMP on the reacher with 4 modes, 3 seeds, and on the ant, 1 seed, a share of the frames'
   small='--tasks 12 --rollouts 10 --iterations 300'
   run reacher-4m__mmaml__{0,1,2}__share $small
   run reacher-4m__mmaml__{0,1,2}__share-promp $small --modulation none
@@ -175,6 +175,9 @@ campaigns() {
   run ant-4m__mmaml__0__share $small
   run ant-4m__mmaml__0__share-promp $small --modulation none
   run ant-4m__mmaml__0__share-multi $small --modulation none --oracle
+  small='--tasks 12 --rollouts 8 --iterations 500 --eval-every 50'
+  run ant-4m__mmaml__0__long $small
+  run ant-4m__mmaml__0__long-promp $small --modulation none
   for env in reacher-4m ant-4m; do figure "$env"; done
 
   campaign mmaml-regression '33 hours' "MMAML's Table 1: functions of 2, 3 and 5 families, six methods, 70,000 iterations each"

@@ -27,8 +27,7 @@ Deviations from the paper (P), from ProMP's, or from the official code (C)
   D2  The value after the last step is 0, time limit or fall, as C.
   D3  C has variables for a step size of each parameter, but none of its optimisers changes them; here they train with
       θ, if asked to (--train-alpha); nothing keeps them positive.
-  D4  C fills M K H steps over all tasks, and drops tails; here K episodes a task, and nothing after a fall, nor the
-      step in which a simulation diverges.
+  D4  C fills M K H steps over all tasks, and drops tails; here K episodes a task; no step after a fall, none diverging.
   D5  C floors σ at 1e-6 before adaptation only; here always.
   D6  C tries a larger ridge when the baseline is NaN; here when the Cholesky factorisation fails.
   D7  ProMP writes one inner step, with its KL; of several, C takes the mean of η_k KL_k: here too.
