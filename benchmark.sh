@@ -333,6 +333,7 @@ campaigns() {
   figure mmaml_quarter_curve results/mmaml/point-2m__mmaml__{0,1}__quarter{,-0.1,-lr} \
     results/mmaml/point-2m__mmaml__{0,1}__quarter-promp{,-0.1} results/mmaml/point-2m__mmaml__0__quarter-{promp-1,promp-lr-0.1,multi}
   figure mmaml_paper_curve results/mmaml/point-2m__mmaml__{0__paper,1__paper,0__paper-promp}
+  figure mmaml_ant_curve results/mmaml/ant-4m__mmaml__0__{long,long-promp,share-multi}
   figure mmaml_two_families_errors results/mmaml_regression/functions-2m__mmaml_regression__0{,__lstm,__maml-clamped}
   figure mmaml_regression_errors \
     results/mmaml_regression/functions-5m__mmaml_regression__0__5k{,-maml,-multi-stopped,-multi-clamped,-lstm}
